@@ -1,0 +1,1 @@
+"""What happens, in which order: each flow on one screen."""

@@ -1,0 +1,238 @@
+"""Every knob, once. Torch-free: flows, tasks and the engine all read their configuration here.
+
+A recipe has five sections, each one class below: ``model``, ``data``, ``train``, ``evaluate``, ``runtime``.
+The first four change the result and are hashed into artifact fingerprints; ``runtime`` says only where and
+how it runs and is recorded, not hashed. Names are megatron-core's where it has one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_ext.errors import ConfigError
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+DatasetFormat = Literal["auto", "alpaca", "sharegpt", "messages"]
+
+
+class Section(BaseModel):
+    """Base of all configuration: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """Which model to start from."""
+
+    path: str = Field(
+        description="Local Hugging Face folder, hub id (needs the network), or demo://NAME, made by the first stage."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit when path is a hub id.")
+    dtype: Dtype | None = Field(None, description="Type of the converted weights; empty keeps each tensor's own.")
+
+
+class DataConfig(Section):
+    """What to train on."""
+
+    files: tuple[str, ...] = Field(min_length=1, description="JSON, JSONL or parquet files, or demo://NAME.")
+    format: DatasetFormat = Field("auto", description="Shape of a row; auto decides from the rows.")
+    chat_template: str | None = Field(
+        None, description="Named chat template or a Jinja file; empty takes the model's own."
+    )
+
+
+class TrainConfig(Section):
+    """What supervised fine-tuning computes. Exactly one of train_iters, train_epochs and train_tokens is given."""
+
+    seq_length: int = Field(4096, ge=8, description="Tokens in one packed sequence.")
+    global_batch_size: int = Field(
+        ge=1, description="Sequences in one optimizer step: packed sequences when packing, else samples."
+    )
+    train_iters: int | None = Field(None, ge=1, description="Optimizer steps.")
+    train_epochs: float | None = Field(None, gt=0, description="Passes over the dataset.")
+    train_tokens: int | None = Field(None, ge=1, description="Tokens; steps = tokens // (global_batch_size * seq_length).")
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the last step.")
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = Field("cosine", description="Shape of the decay.")
+    lr_warmup_iters: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+    lr_wsd_decay_iters: int | None = Field(None, ge=1, description="Steps of the final decay of WSD.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay (not on biases and norms).")
+    adam_beta1: float = Field(0.9, gt=0, lt=1)
+    adam_beta2: float = Field(0.95, gt=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0, description="Global gradient norm limit; 0 switches clipping off.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="Arithmetic of forward and backward; main weights and optimizer state stay fp32."
+    )
+    packing: bool = Field(True, description="Put several samples into one sequence, attention kept apart.")
+    overlong: Literal["truncate", "drop"] = Field(
+        "truncate", description="What happens to a sample longer than seq_length; counted and reported."
+    )
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    seed: int = Field(1234, ge=0, description="Seed of data order and dropout.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        given = [n for n in ("train_iters", "train_epochs", "train_tokens") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of train_iters, train_epochs, train_tokens must be given, not {' and '.join(given) or 'none'}"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is greater than lr {self.lr}")
+        if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:
+            raise ValueError("lr_decay_style WSD needs lr_wsd_decay_iters")
+        return self
+
+
+class EvalConfig(Section):
+    """How base and tuned model are scored (lm-eval, Hugging Face backend)."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="lm-eval task names.")
+    include_path: str | None = Field(
+        None, description="Folder with local task YAMLs, or demo://NAME; then bundled tasks are not indexed."
+    )
+    num_fewshot: int | None = Field(None, ge=0, description="Examples before the question; empty keeps the task's own.")
+    limit: int | None = Field(None, ge=1, description="Documents a task at most; empty takes all.")
+    apply_chat_template: bool = Field(True, description="Ask through the model's chat template.")
+    baseline: bool = Field(True, description="Score the base model too.")
+
+
+class RuntimeConfig(Section):
+    """Where and how it runs. Nothing here changes what is computed, so nothing here is hashed."""
+
+    platform: Literal["auto", "cpu", "cuda", "npu"] = Field("auto", description="auto takes an accelerator if there is one.")
+    nproc_per_node: int = Field(1, ge=1, description="Training processes on this node.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads a process; empty shares the cores out.")
+    micro_batch_size: int = Field(1, ge=1, description="Sequences a data-parallel rank computes at once.")
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    sequence_parallel: bool = Field(False, description="Split norms and dropout along the sequence; needs tensor parallelism.")
+    use_distributed_optimizer: bool = Field(True, description="Shard the optimizer state over data-parallel ranks (ZeRO-1).")
+    save_interval: int = Field(500, ge=1, description="Steps between resumable checkpoints.")
+    log_interval: int = Field(10, ge=1, description="Steps between metric records.")
+    evaluate_batch_size: int = Field(16, ge=1, description="Documents scored at once.")
+    grace_seconds: int = Field(120, ge=1, description="Time to save after a stop is asked for.")
+
+
+class TrainingInputs(Section):
+    """`model` section of `mflow train CONFIG.yaml`."""
+
+    checkpoint: Path = Field(description="Folder that `mflow convert` or `mflow train` wrote.")
+
+
+class DatasetInputs(Section):
+    """`data` section of `mflow train CONFIG.yaml`."""
+
+    dataset: Path = Field(description="Folder that `mflow tokenize` wrote.")
+
+
+class TrainJobConfig(Section):
+    """The file that `mflow train CONFIG.yaml` reads."""
+
+    model: TrainingInputs
+    data: DatasetInputs
+    train: TrainConfig
+    runtime: RuntimeConfig = RuntimeConfig()
+    out: Path = Field(description="Folder for checkpoints, metrics.jsonl and TensorBoard files; a rerun resumes there.")
+
+
+class SFTRecipe(Section):
+    """The parameters of flow full-sft."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    evaluate: EvalConfig
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def validated(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    """``cls`` from plain values; every fault becomes one ``ConfigError`` line that names key, value and ``where``."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(cls, e) for e in error.errors()) + f" (in {where})") from None
+
+
+def _sentence(cls: type[BaseModel], error: Any) -> str:
+    path = [str(p) for p in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = sorted(_fields_at(cls, path[:-1]))
+        close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"unknown key {key!r}{hint} Available: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{key!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    shown = json.dumps(error["input"], default=str)
+    value = f" (value: {shown})" if len(shown) < 80 else ""
+    return f"{key or 'configuration'}: {message[0].lower()}{message[1:]}{value}"
+
+
+def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = cls.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        cls = annotation
+    return list(cls.model_fields)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds something else than a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping of sections")
+    return values
+
+
+def with_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of ``values`` with each ``a.b=c`` applied; ``c`` is read as YAML (JSON included).
+
+    YAML 1.1 takes ``1e-4`` for a string; pydantic turns it into a number where a number belongs.
+    Giving one of train_iters, train_epochs, train_tokens replaces whichever of them the recipe gave.
+    """
+    result = json.loads(json.dumps(values, default=str))
+    lengths = ("train_iters", "train_epochs", "train_tokens")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override!r} is not of the form section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+        *sections, name = key.split(".")
+        target = result
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section")
+        if name in lengths and value is not None:
+            for other in lengths:
+                target.pop(other, None)
+        target[name] = value
+    return result

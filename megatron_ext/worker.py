@@ -1,0 +1,85 @@
+"""The one entry point of every subprocess: ``python -m megatron_ext.worker JOB.json``.
+
+The job file says what to do, with which inputs, into which folder. A job with several processes becomes its own
+torchrun. Exit code 0: done, or stopped on request after an ``interrupted`` event; 2: the input was at fault, one
+``error`` event says how; anything else is a crash, and the log says where.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from megatron_ext.config import RuntimeConfig, Section
+from megatron_ext.errors import JobInterrupted, MegatronFlowsError, unknown
+from megatron_ext.events import Events
+from megatron_ext.guard import watch_owner
+
+JOBS = {
+    "demo": "megatron_ext.demo:run",
+    "convert": "megatron_ext.weights.convert:run",
+    "tokenize": "megatron_ext.data.tokenization:run",
+    "train": "megatron_ext.training.loop:run",
+    "export": "megatron_ext.weights.export:run",
+    "evaluate": "megatron_ext.evaluation.lm_eval_runner:run",
+    "report": "megatron_ext.report:run",
+}
+"""Job name -> ``module:function``; the function takes ``(job, events)`` and returns a JSON-able summary."""
+
+
+class Job(Section):
+    """What one subprocess has to do."""
+
+    job: str = Field(description="Name in JOBS.")
+    config: dict[str, Any] = Field(default_factory=dict, description="The stage's section of the recipe.")
+    inputs: dict[str, Any] = Field(default_factory=dict, description="Role -> absolute path (or list of paths).")
+    out: Path = Field(description="Folder to write into; may hold what a killed attempt left.")
+    events: Path | None = Field(None, description="JSON-lines file for progress, metrics and the result.")
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
+def run_job(job: Job, events: Events) -> dict[str, Any]:
+    """Run ``job`` in this process and return its summary."""
+    if job.job not in JOBS:
+        raise MegatronFlowsError(unknown("job", job.job, JOBS))
+    module, function = JOBS[job.job].split(":")
+    return getattr(importlib.import_module(module), function)(job, events)
+
+
+def start_torchrun(job_file: Path, nproc_per_node: int) -> None:
+    """Become the torchrun agent of ``nproc_per_node`` workers on this node."""
+    from torch.distributed.run import main as torchrun
+
+    torchrun(
+        ["--standalone", f"--nproc-per-node={nproc_per_node}", "--max-restarts=0"]
+        + ["-m", "megatron_ext.worker", str(job_file)]
+    )
+
+
+def main() -> int:
+    """Run the job file named on the command line; only rank 0 writes events."""
+    job_file = Path(sys.argv[1])
+    job = Job.model_validate_json(job_file.read_text(encoding="utf-8"))
+    watch_owner(job.runtime.grace_seconds)
+    if job.job == "train" and job.runtime.nproc_per_node > 1 and "RANK" not in os.environ:
+        start_torchrun(job_file, job.runtime.nproc_per_node)
+        return 0
+    events = Events(job.events if os.environ.get("RANK", "0") == "0" else None)
+    try:
+        events.emit("result", **run_job(job, events))
+    except JobInterrupted:
+        return 0
+    except MegatronFlowsError as error:
+        events.emit("error", type=type(error).__name__, message=str(error), exit_code=error.exit_code)
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

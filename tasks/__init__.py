@@ -1,0 +1,1 @@
+"""One pipeline stage each: identity, cache, launch, and progress in the Prefect UI."""
