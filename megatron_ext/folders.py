@@ -15,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-from megatron_ext.errors import DiskSpaceError, OutputExistsError
+from megatron_ext.errors import DiskSpaceError, OutputExistsError, UserError
 
 CHUNK = 8 << 20
 
@@ -62,9 +62,17 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
 def folder_lock(path: Path) -> Iterator[int]:
     """Exclusive ``flock`` on ``path``; the kernel releases it when the last holder of the descriptor dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            current = os.stat(path).st_ino == os.fstat(descriptor).st_ino
+        except FileNotFoundError:
+            current = False
+        if current:
+            break
+        os.close(descriptor)  # the holder before us removed the file: lock the new one
+    try:
         yield descriptor
     finally:
         os.close(descriptor)
@@ -75,25 +83,34 @@ def published(out: Path, *, overwrite: bool = False, marker: str) -> Iterator[Pa
     """Build ``--out``: yields the partial folder, then fsyncs and renames it to ``out``.
 
     ``marker`` names the command (``"convert"``); its partial is ``.NAME.MARKER.partial`` beside ``out`` and is
-    yielded as a killed attempt left it. On an error the partial stays when the job may resume in it; a job that
-    cannot resume clears it first.
+    yielded as a killed attempt left it. Faulty input leaves nothing behind; a crash leaves the partial.
 
     Raises:
         OutputExistsError: ``out`` holds something and ``overwrite`` was not given.
     """
     out = out.absolute()
+    _require_free(out, overwrite)
+    partial = out.parent / f".{out.name}.{marker}.partial"
+    lock = out.parent / f".{out.name}.{marker}.lock"
+    with folder_lock(lock):
+        try:
+            _require_free(out, overwrite)  # another process may have published it meanwhile
+            partial.mkdir(exist_ok=True)
+            yield partial
+            fsync_tree(partial)
+            replace_folder(partial, out)
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _require_free(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise OutputExistsError(f"--out {out} is a file; choose a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise OutputExistsError(f"--out {out} is not empty; choose another folder or pass --overwrite")
-    partial = out.parent / f".{out.name}.{marker}.partial"
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with folder_lock(out.parent / f".{out.name}.{marker}.lock"):
-        partial.mkdir(exist_ok=True)
-        yield partial
-        fsync_tree(partial)
-        replace_folder(partial, out)
-    (out.parent / f".{out.name}.{marker}.lock").unlink(missing_ok=True)
 
 
 def replace_folder(source: Path, target: Path) -> None:

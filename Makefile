@@ -1,0 +1,34 @@
+# make demo: the whole chain on this machine's CPU.   make test: the suite.   make setup: only install.
+PYTHON ?= python3
+BIN := .venv/bin
+RECIPE ?= deployments/recipes/demo_sft.yaml
+
+.PHONY: setup demo up test test-all lint clean
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megatron-flows needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/mflow doctor --start-server
+	@touch $@
+
+demo: setup
+	$(BIN)/mflow run full-sft $(RECIPE)
+
+up: setup
+	$(BIN)/mflow up
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu and not npu" $(PYTEST_ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest -m "not gpu and not npu" $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf artifacts build *.egg-info .pytest_cache .ruff_cache

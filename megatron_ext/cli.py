@@ -1,0 +1,245 @@
+"""`mflow`: the engine's commands. Heavy imports happen inside the command that needs them.
+
+Commands of the other rooms (run, explain, deploy, up, artifacts) register in the entry-point group
+``megatron_flows.commands`` and are loaded when they are named, so the engine works where Prefect is not installed.
+Exit codes: 0 done; 1 crash; 2 the input was at fault, one line on standard error says how.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from megatron_ext.config import DatasetFormat, Dtype, EvalConfig, TrainJobConfig, read_yaml, validated, with_overrides
+from megatron_ext.errors import MegatronFlowsError, OutputExistsError
+from megatron_ext.folders import published
+from megatron_ext.terminal import TerminalEvents
+
+COMMANDS = "megatron_flows.commands"
+
+
+class VariadicCommand(TyperCommand):
+    """A command whose repeatable options also take several values at once: ``--input a.json b.json``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {flag for p in self.params if getattr(p, "multiple", False) for flag in p.opts}
+        spread: list[str] = []
+        flag = None
+        for arg in args:
+            if arg.startswith("-"):
+                flag = arg if arg in repeatable else None
+            elif flag and spread[-1] != flag:
+                spread.append(flag)
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+class Commands(TyperGroup):
+    """The engine's commands and those that other rooms registered."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted({*super().list_commands(ctx), *entry_points(group=COMMANDS).names})
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if (command := super().get_command(ctx, cmd_name)) is not None:
+            return command
+        for entry in entry_points(group=COMMANDS, name=cmd_name):
+            loaded = entry.load()
+            if isinstance(loaded, typer.Typer):
+                return typer.main.get_command(loaded)
+            single = typer.Typer(add_completion=False, rich_markup_mode=None)
+            single.command(cmd_name)(loaded)
+            return typer.main.get_command(single)
+        return None
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Convert, tokenize, train, export and evaluate language models with Megatron-Core.",
+)
+
+Out = Annotated[Path, typer.Option(help="Folder to write; absent, empty, or this command's own partial.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
+ModelFolder = Annotated[Path, typer.Option(help="Hugging Face model folder.")]
+
+
+def _report(summary: dict[str, Any], as_json: bool, out: Path) -> None:
+    if as_json:
+        typer.echo(json.dumps({"out": str(out.absolute()), **summary}))
+    else:
+        typer.echo(f"{out.absolute()}")
+
+
+@app.command()
+def convert(
+    model: ModelFolder, out: Out, dtype: Dtype | None = None, overwrite: Overwrite = False, as_json: AsJson = False
+) -> None:
+    """Turn a Hugging Face model into a Megatron torch_dist checkpoint."""
+    from megatron_ext.weights.convert import convert as convert_weights
+
+    with published(out, overwrite=overwrite, marker="convert") as partial, TerminalEvents() as events:
+        summary = convert_weights(model, partial, dtype=dtype, events=events)
+    _report(summary, as_json, out)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Option(help="Folder that mflow convert or mflow train wrote.")],
+    model: Annotated[Path, typer.Option(help="Hugging Face folder the checkpoint came from: config and tokenizer.")],
+    out: Out,
+    dtype: Dtype | None = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a Megatron checkpoint back into a Hugging Face model."""
+    from megatron_ext.weights.export import export as export_weights
+
+    with published(out, overwrite=overwrite, marker="export") as partial, TerminalEvents() as events:
+        summary = export_weights(checkpoint, model, partial, dtype=dtype, events=events)
+    _report(summary, as_json, out)
+
+
+@app.command(cls=VariadicCommand)
+def tokenize(
+    input: Annotated[list[Path], typer.Option(help="JSON, JSONL or parquet files.")],
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face folder with tokenizer.json.")],
+    out: Out,
+    format: DatasetFormat = "auto",
+    chat_template: Annotated[str | None, typer.Option(help="Named template or Jinja file; default: the model's.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn conversations into idxmap tokens and loss masks."""
+    from megatron_ext.data.tokenization import tokenize as tokenize_files
+
+    with published(out, overwrite=overwrite, marker="tokenize") as partial, TerminalEvents() as events:
+        summary = tokenize_files(input, tokenizer, partial, format=format, chat_template=chat_template, events=events)
+    _report(summary, as_json, out)
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[Path, typer.Argument(help="Folder that mflow tokenize wrote.")],
+    samples: Annotated[int, typer.Option(help="Documents to show.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show what will be trained: totals, lengths, and samples with the trained tokens coloured."""
+    from rich.console import Console
+
+    from megatron_ext.data.inspection import inspect_dataset, render_terminal
+
+    inspection = inspect_dataset(dataset, samples)
+    if as_json:
+        typer.echo(json.dumps(inspection.as_json()))
+    else:
+        render_terminal(inspection, Console(soft_wrap=True))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file with model, data, train, runtime and out.")],
+    set: Annotated[list[str] | None, typer.Option(help="Override, for instance train.lr=1e-5.")] = None,
+) -> None:
+    """Fine-tune a checkpoint; a rerun goes on from the last checkpoint. Works under any torchrun, too."""
+    from megatron_ext.worker import Job
+
+    values = validated(TrainJobConfig, with_overrides(read_yaml(config), set or []), str(config))
+    out = values.out.absolute()
+    if out.is_file():
+        raise OutputExistsError(f"out {out} is a file; choose a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    job = Job(
+        job="train",
+        config=values.train.model_dump(),
+        inputs={
+            "checkpoint": str(values.model.checkpoint.absolute()),
+            "dataset": str(values.data.dataset.absolute()),
+        },
+        out=out,
+        events=out / "events.jsonl",
+        runtime=values.runtime,
+    )
+    job_file = out / "job.json"
+    draft = out / f".job.{os.getpid()}.json"
+    draft.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+    draft.replace(job_file)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "megatron_ext.worker", str(job_file)])
+
+
+@app.command(cls=VariadicCommand)
+def evaluate(
+    model: ModelFolder,
+    tasks: Annotated[list[str], typer.Option(help="lm-eval task names.")],
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task YAMLs of your own.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Hugging Face folder to compare with.")] = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    apply_chat_template: bool = True,
+    batch_size: int = 16,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json and samples.jsonl.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score a Hugging Face model with lm-eval, beside a baseline if one is given."""
+    from megatron_ext.evaluation.compare import comparison_table
+    from megatron_ext.evaluation.lm_eval_runner import evaluate as score
+
+    config = EvalConfig(tasks=tuple(tasks), num_fewshot=num_fewshot, limit=limit, apply_chat_template=apply_chat_template)
+
+    def scores(folder: Path, into: Path) -> dict[str, Any]:
+        into.mkdir(parents=True, exist_ok=True)
+        return score(folder, into, config, include_path=include_path, batch_size=batch_size, events=events)
+
+    with tempfile.TemporaryDirectory() as scratch, TerminalEvents() as events:
+        base = scores(baseline, Path(scratch) / "base") if baseline else None
+        if out is None:
+            tuned = scores(model, Path(scratch) / "model")
+        else:
+            with published(out, overwrite=overwrite, marker="evaluate") as partial:
+                tuned = scores(model, partial)
+    if as_json:
+        typer.echo(json.dumps({"model": tuned, **({"baseline": base} if base else {})}))
+    else:
+        typer.echo(comparison_table(tuned, base))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can run, what is missing, and what to do about it."""
+    from megatron_ext.doctor import diagnose
+
+    findings = diagnose()
+    if as_json:
+        typer.echo(json.dumps([finding.model_dump() for finding in findings]))
+        return
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        remedy = f"  -> {finding.remedy}" if finding.remedy else ""
+        typer.echo(f"{finding.state:<8} {finding.name:<{width}}  {finding.detail}{remedy}")
+
+
+def main() -> None:
+    """Entry point of the `mflow` script."""
+    try:
+        app()
+    except MegatronFlowsError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
