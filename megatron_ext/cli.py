@@ -118,7 +118,7 @@ def tokenize(
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face folder with tokenizer.json.")],
     out: Out,
     format: DatasetFormat = "auto",
-    chat_template: Annotated[str | None, typer.Option(help="Named template or Jinja file; default: the model's.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Named template or Jinja file.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -198,7 +198,9 @@ def evaluate(
     from megatron_ext.evaluation.compare import comparison_table
     from megatron_ext.evaluation.lm_eval_runner import evaluate as score
 
-    config = EvalConfig(tasks=tuple(tasks), num_fewshot=num_fewshot, limit=limit, apply_chat_template=apply_chat_template)
+    config = EvalConfig(
+        tasks=tuple(tasks), num_fewshot=num_fewshot, limit=limit, apply_chat_template=apply_chat_template
+    )
 
     def scores(folder: Path, into: Path) -> dict[str, Any]:
         into.mkdir(parents=True, exist_ok=True)

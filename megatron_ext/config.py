@@ -57,7 +57,9 @@ class TrainConfig(Section):
     )
     train_iters: int | None = Field(None, ge=1, description="Optimizer steps.")
     train_epochs: float | None = Field(None, gt=0, description="Passes over the dataset.")
-    train_tokens: int | None = Field(None, ge=1, description="Tokens; steps = tokens // (global_batch_size * seq_length).")
+    train_tokens: int | None = Field(
+        None, ge=1, description="Tokens; steps = tokens // (global_batch_size * seq_length)."
+    )
     lr: float = Field(gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the last step.")
     lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = Field("cosine", description="Shape of the decay.")
@@ -83,9 +85,8 @@ class TrainConfig(Section):
     def _consistent(self) -> TrainConfig:
         given = [n for n in ("train_iters", "train_epochs", "train_tokens") if getattr(self, n) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"exactly one of train_iters, train_epochs, train_tokens must be given, not {' and '.join(given) or 'none'}"
-            )
+            found = " and ".join(given) or "none"
+            raise ValueError(f"exactly one of train_iters, train_epochs, train_tokens must be given, not {found}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is greater than lr {self.lr}")
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:
@@ -109,14 +110,18 @@ class EvalConfig(Section):
 class RuntimeConfig(Section):
     """Where and how it runs. Nothing here changes what is computed, so nothing here is hashed."""
 
-    platform: Literal["auto", "cpu", "cuda", "npu"] = Field("auto", description="auto takes an accelerator if there is one.")
+    platform: Literal["auto", "cpu", "cuda", "npu"] = Field("auto", description="auto takes what is there.")
     nproc_per_node: int = Field(1, ge=1, description="Training processes on this node.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads a process; empty shares the cores out.")
     micro_batch_size: int = Field(1, ge=1, description="Sequences a data-parallel rank computes at once.")
     tensor_model_parallel_size: int = Field(1, ge=1)
     pipeline_model_parallel_size: int = Field(1, ge=1)
-    sequence_parallel: bool = Field(False, description="Split norms and dropout along the sequence; needs tensor parallelism.")
-    use_distributed_optimizer: bool = Field(True, description="Shard the optimizer state over data-parallel ranks (ZeRO-1).")
+    sequence_parallel: bool = Field(
+        False, description="Split norms and dropout along the sequence; needs tensor parallelism."
+    )
+    use_distributed_optimizer: bool = Field(
+        True, description="Shard the optimizer state over data-parallel ranks (ZeRO-1)."
+    )
     save_interval: int = Field(500, ge=1, description="Steps between resumable checkpoints.")
     log_interval: int = Field(10, ge=1, description="Steps between metric records.")
     evaluate_batch_size: int = Field(16, ge=1, description="Documents scored at once.")
@@ -224,7 +229,8 @@ def with_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str,
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override!r}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+            why = " ".join(str(error).split())
+            raise ConfigError(f"--set {override!r}: the value is not valid YAML: {why}") from None
         *sections, name = key.split(".")
         target = result
         for section in sections:

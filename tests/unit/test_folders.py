@@ -1,0 +1,94 @@
+"""--out: published whole or not at all."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.errors import DiskSpaceError, OutputExistsError, SourceError
+from megatron_ext.folders import digest_file, folder_lock, published, require_space
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_out_appears_with_everything_in_it(tmp_path):
+    with published(tmp_path / "out", marker="convert") as partial:
+        (partial / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert contents(tmp_path / "out") == {"a": "1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_faulty_input_leaves_nothing(tmp_path):
+    with pytest.raises(SourceError), published(tmp_path / "out", marker="convert") as partial:
+        (partial / "a").write_text("1")
+        raise SourceError("no such file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_keeps_the_partial_for_the_next_attempt(tmp_path):
+    with pytest.raises(ZeroDivisionError), published(tmp_path / "out", marker="convert") as partial:
+        (partial / "a").write_text("1")
+        raise ZeroDivisionError
+    with published(tmp_path / "out", marker="convert") as partial:
+        assert contents(partial) == {"a": "1"}
+
+
+def test_a_filled_out_is_refused_and_kept(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(OutputExistsError, match="--overwrite"), published(tmp_path / "out", marker="convert"):
+        pass
+    assert contents(tmp_path / "out") == {"mine": "precious"}
+
+
+def test_overwrite_replaces_only_when_the_new_one_is_whole(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("1")
+    with pytest.raises(SourceError), published(tmp_path / "out", overwrite=True, marker="convert"):
+        raise SourceError("bad")
+    assert contents(tmp_path / "out") == {"old": "1"}
+    with published(tmp_path / "out", overwrite=True, marker="convert") as partial:
+        (partial / "new").write_text("2")
+    assert contents(tmp_path / "out") == {"new": "2"}
+
+
+def test_two_commands_on_one_out_exclude_each_other(tmp_path):
+    started, refused = threading.Event(), []
+
+    def second():
+        started.set()
+        try:
+            with published(tmp_path / "out", marker="convert"):
+                pass
+        except OutputExistsError as error:
+            refused.append(error)
+
+    with published(tmp_path / "out", marker="convert") as partial:
+        thread = threading.Thread(target=second)
+        thread.start()
+        started.wait()
+        (partial / "a").write_text("first")
+    thread.join()
+    assert len(refused) == 1
+    assert contents(tmp_path / "out") == {"a": "first"}
+
+
+def test_lock_is_taken_anew_when_its_file_was_removed(tmp_path):
+    with folder_lock(tmp_path / "lock"):
+        (tmp_path / "lock").unlink()
+        with folder_lock(tmp_path / "lock"):
+            assert (tmp_path / "lock").exists()
+
+
+def test_too_little_space_is_refused_with_figures(tmp_path):
+    with pytest.raises(DiskSpaceError, match=r"the checkpoint needs 1000000000\.00 GB"):
+        require_space(tmp_path / "not" / "there", 10**18, "the checkpoint")
+
+
+def test_digest_tells_files_of_the_same_size_apart(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 1000)
+    (tmp_path / "b").write_bytes(b"x" * 999 + b"y")
+    assert digest_file(tmp_path / "a") != digest_file(tmp_path / "b")
