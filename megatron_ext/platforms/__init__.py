@@ -1,0 +1,1 @@
+"""Devices that the engine runs on: one file each."""

@@ -1,0 +1,102 @@
+"""From an architecture and a configuration to megatron-core's GPTModel (this pipeline stage of it)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_ext.config import RuntimeConfig, TrainConfig
+from megatron_ext.families.base import Architecture
+from megatron_ext.model.attention import SDPACoreAttention
+from megatron_ext.model.norm import Norm
+from megatron_ext.model.rotary import PositionedRotary
+from megatron_ext.platforms.base import Platform
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Rows of the embedding when it is split: the next multiple of the tensor-parallel size."""
+    return math.ceil(vocab_size / tensor_model_parallel_size) * tensor_model_parallel_size
+
+
+def transformer_config(
+    architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig, platform: Platform
+) -> TransformerConfig:
+    """megatron-core's configuration of the model. Weights are not initialised: they come from a checkpoint."""
+    dtype, on_cpu, fused = DTYPES[train.precision], platform.name == "cpu", platform.transformer_engine()
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        normalization=architecture.normalization,
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        gated_linear_unit=architecture.gated_linear_unit,
+        activation_func=getattr(torch.nn.functional, architecture.activation),
+        add_bias_linear=architecture.add_bias_linear,
+        add_qkv_bias=architecture.add_qkv_bias,
+        hidden_dropout=train.hidden_dropout,
+        attention_dropout=train.attention_dropout,
+        bf16=train.precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=runtime.tensor_model_parallel_size,
+        pipeline_model_parallel_size=runtime.pipeline_model_parallel_size,
+        sequence_parallel=runtime.sequence_parallel,
+        variable_seq_lengths=runtime.pipeline_model_parallel_size > 1,
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,
+        apply_rope_fusion=fused,
+        persist_layer_norm=fused,
+        bias_activation_fusion=not on_cpu and architecture.activation in ("silu", "gelu"),
+        bias_dropout_fusion=not on_cpu,
+    )
+
+
+def layer_spec(architecture: Architecture, config: TransformerConfig, platform: Platform) -> Any:
+    """Transformer Engine's layers where the platform has them, else megatron-core's own with SDPA."""
+    if platform.transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec: ModuleSpec = get_gpt_layer_local_spec(normalization=architecture.normalization)
+    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
+    layers = [spec] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
+
+
+def build_model(architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig, platform: Platform) -> GPTModel:
+    """This rank's part of the model, on its device, weights not yet loaded. Needs an initialised parallel state.
+
+    Call it on a (B, T) batch as ``model(tokens, positions, None, packed_seq_params=…)`` -> logits (B, T, V / tp).
+    """
+    config = transformer_config(architecture, train, runtime, platform)
+    model = GPTModel(
+        config,
+        layer_spec(architecture, config, platform),
+        vocab_size=padded_vocab_size(architecture.vocab_size, runtime.tensor_model_parallel_size),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=int(architecture.rotary_base),
+    )
+    device = torch.cuda.current_device()
+    model.rotary_pos_emb = PositionedRotary(architecture, device)
+    return model.to(device)

@@ -1,0 +1,76 @@
+"""Rotary position embedding that follows the positions of packed tokens and Hugging Face's scaling parameters.
+
+megatron-core hard-codes all of llama3's factors but one, and applies packed positions in a Python loop.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+from megatron_ext.errors import UnsupportedModelError, unknown
+from megatron_ext.families.base import Architecture
+
+SCALINGS = ("default", "linear", "llama3")
+
+
+def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
+    """(D / 2,) fp32 inverse frequencies.
+
+    Source: transformers ``modeling_rope_utils``.
+
+    Raises:
+        UnsupportedModelError: the scaling is none of SCALINGS.
+    """
+    size = architecture.kv_channels
+    exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+    frequencies = 1.0 / (architecture.rotary_base**exponents)
+    scaling = architecture.rope_scaling or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind == "llama3":
+        return _llama3(frequencies, scaling)
+    raise UnsupportedModelError(unknown("rope_type", kind, SCALINGS, "in the model's config.json"))
+
+
+def _llama3(frequencies: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    context = scaling["original_max_position_embeddings"]
+    wavelengths = 2 * math.pi / frequencies
+    scaled = torch.where(wavelengths > context / low, frequencies / factor, frequencies)
+    smooth = (context / wavelengths - low) / (high - low)
+    between = (1 - smooth) * scaled / factor + smooth * scaled
+    medium = ~(wavelengths < context / high) & ~(wavelengths > context / low)
+    return torch.where(medium, between, scaled)
+
+
+class PositionedRotary(RotaryEmbedding):
+    """Angles for the positions in ``PackedSegments``, so that a packed row is rotated in one operation.
+
+    ``GPTModel`` asks ``get_rotary_seq_len`` how long the row is and hands the answer to ``forward`` untouched.
+    """
+
+    def __init__(self, architecture: Architecture, device: torch.device | str) -> None:
+        torch.nn.Module.__init__(self)
+        self.rotary_interleaved = False
+        self.seq_len_interpolation_factor = None
+        self.cp_group = None
+        self.inv_freq = inverse_frequencies(architecture).to(device)
+
+    def get_rotary_seq_len(self, *arguments: Any, **named: Any) -> Any:
+        packed = arguments[4] if len(arguments) > 4 else None
+        positions = getattr(packed, "positions", None)
+        return super().get_rotary_seq_len(*arguments, **named) if positions is None else positions
+
+    def forward(self, positions: Any, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
+        """``positions`` (T,), or a number for 0 … T-1 -> (T, 1, 1, D) angles."""
+        if isinstance(positions, int):
+            positions = torch.arange(positions, device=self.inv_freq.device) + offset
+        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

@@ -1,0 +1,71 @@
+"""What a platform is: how a worker process gets ready for megatron-core on one kind of device."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+
+from megatron_ext.errors import PlatformError, unknown
+
+
+class Platform(ABC):
+    """One kind of device. ``prepare`` runs in a worker process before megatron is imported, never anywhere else."""
+
+    name: str
+    backend: str  # of torch.distributed
+    pad_to_multiple: int = 1  # tokens of a micro batch are padded to a multiple of this
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """Why this platform cannot run here, with the remedy; None when it can."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Set the environment and redirect what must be redirected before megatron-core is imported."""
+
+    @abstractmethod
+    def set_device(self, local_rank: int) -> None:
+        """Bind this process to its device."""
+
+    def transformer_engine(self) -> bool:
+        """Whether the model is built from Transformer Engine's layers."""
+        return False
+
+    @abstractmethod
+    def device_name(self) -> str:
+        """What the device calls itself."""
+
+    def peak_memory(self) -> int:
+        """Most bytes of device memory held so far; 0 where the device does not count."""
+        return 0
+
+
+def platforms() -> dict[str, Platform]:
+    """Every platform by name, in the order in which ``auto`` tries them."""
+    from megatron_ext.platforms.cpu import CPU
+    from megatron_ext.platforms.cuda import CUDA
+    from megatron_ext.platforms.npu import NPU
+
+    return {platform.name: platform for platform in (CUDA(), NPU(), CPU())}
+
+
+def select(name: str) -> Platform:
+    """The platform called ``name``; ``auto`` takes the first accelerator that works here, else the CPU.
+
+    Raises:
+        PlatformError: the platform is unknown or cannot run on this machine; says what is missing.
+    """
+    known = platforms()
+    if name == "auto":
+        return next(platform for platform in known.values() if platform.missing() is None)
+    if name not in known:
+        raise PlatformError(unknown("runtime.platform", name, [*known, "auto"]))
+    if why := known[name].missing():
+        raise PlatformError(f"runtime.platform {name}: {why}")
+    return known[name]
+
+
+def default_environment(**variables: str) -> None:
+    """Set environment variables that are not set yet."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,83 @@
+"""Bugs of megatron-core 0.16.1, each repaired in one function. Another version gets none of them: check it first."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+VERSION = (0, 16, 1)
+
+
+def apply(platform: str) -> None:
+    """Repair the installed megatron-core for ``platform``, after it was imported and before a model is built."""
+    from megatron.core import package_info
+
+    if platform == "cpu":
+        _random_state_on_cpu()
+    if (package_info.MAJOR, package_info.MINOR, package_info.PATCH) == VERSION:
+        _own_step_for_each_parameter()
+        _restore_states_without_gradient()
+
+
+def _random_state_on_cpu() -> None:
+    """Not a bug, a limit: the RNG tracker reads the state of a CUDA generator."""
+    import torch
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _restore_states_without_gradient() -> None:
+    """``_set_main_param_and_optimizer_states`` writes into leaves that require grad, and asks for a ``step`` that
+    torch's AdamW keeps in the state but the checkpoint keeps in the parameter group.
+    """
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @torch.no_grad()
+    def restore(self: Any, parameter: Any, tensors: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        current = self._get_main_param_and_optimizer_states(parameter)
+        if "step" in current:
+            tensors = {**tensors, "step": current["step"]}
+        return original(self, parameter, tensors, *arguments, **named)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = restore
+
+
+def _own_step_for_each_parameter() -> None:
+    """After a load all parameters share one ``step`` tensor, which torch's AdamW then advances once a parameter:
+    the bias correction is silently wrong. Each parameter gets its own copy.
+    """
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.load_state_dict
+
+    def load(self: Any, state_dict: Any) -> None:
+        original(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].detach().clone()
+
+    DistributedOptimizer.load_state_dict = load
+
+
+def fill_adam_state(optimizer: Any) -> None:
+    """Give torch's AdamW its zero state before the first step: saving or loading an empty one fails in 0.16.1."""
+    import torch
+
+    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(chained, "optimizer", None)
+        if not isinstance(inner, torch.optim.AdamW):
+            continue
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }

@@ -1,0 +1,75 @@
+"""Processes and their groups: from the environment that torchrun sets to megatron-core's parallel state."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from megatron_ext.config import RuntimeConfig
+from megatron_ext.errors import ParallelismError
+from megatron_ext.platforms.base import Platform, select
+
+
+@contextmanager
+def parallel_state(runtime: RuntimeConfig, seed: int) -> Iterator[Platform]:
+    """Prepare the platform, join the other ranks, set up tensor, pipeline and data parallel groups, seed every RNG.
+
+    Must be entered before anything imports megatron-core; works alone and under torchrun.
+
+    Raises:
+        PlatformError: the platform asked for cannot run here.
+        ParallelismError: torchrun started another number of processes than the configuration says.
+    """
+    platform = select(runtime.platform)
+    platform.prepare()
+    quiet()
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    model_parallel = runtime.tensor_model_parallel_size * runtime.pipeline_model_parallel_size
+    if world % model_parallel:
+        raise ParallelismError(
+            f"{world} processes cannot hold tensor_model_parallel_size {runtime.tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size {runtime.pipeline_model_parallel_size}; start a multiple of {model_parallel}"
+        )
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_ext.platforms import megatron_fixes
+
+    megatron_fixes.apply(platform.name)
+    platform.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()  # alone: no port, nothing to collide with
+    dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
+    parallel_state.initialize_model_parallel(
+        runtime.tensor_model_parallel_size, runtime.pipeline_model_parallel_size, create_gloo_process_groups=False
+    )
+    seed_all(seed)
+    try:
+        yield platform
+    finally:
+        parallel_state.destroy_model_parallel()
+        tensor_parallel.get_cuda_rng_tracker().reset()
+        dist.destroy_process_group()
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, numpy and torch; pipeline stages differ, and tensor-parallel ranks where they must."""
+    import random
+
+    import numpy as np
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def quiet() -> None:
+    """Hide what megatron-core says about packages that are not installed and interfaces that it will change."""
+    for module in (r"megatron\.", r"torch\.distributed\.checkpoint\."):
+        warnings.filterwarnings("ignore", module=module)
