@@ -1,0 +1,206 @@
+"""A torch_dist checkpoint to a plain Hugging Face folder, streamed: one layer's weights in memory.
+
+Run: ``mflow export --checkpoint DIR --model HF_DIR --out DIR``. The checkpoint may come from convert or from training
+at any tensor- and pipeline-parallel size.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.errors import CheckpointError, ConfigError, VocabularyError, WeightMappingError, unknown
+from megatron_ext.events import Events
+from megatron_ext.families.base import Weight
+from megatron_ext.folders import require_space
+from megatron_ext.hf_folder import read_config, tokenizer_digest
+from megatron_ext.weights.convert import architecture_of, emptied_on_failure
+from megatron_ext.weights.hf import CONFIG_NAMES, SHORT, SafetensorsWriter, TensorInfo, short_name
+from megatron_ext.weights.manifest import CheckpointManifest, latest_folder, read_manifest
+from megatron_ext.weights.torch_dist import TorchDistReader
+
+TRAINING_STATE = ("optimizer", "chained_", "rng_state", "rerun_state", "param_state")
+"""Beginnings of the keys of a resumable checkpoint that are no weights."""
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+"""Files that hold the source's weights in some format; the export holds its own."""
+
+
+def run(job: Any, events: Events) -> dict[str, Any]:
+    """The ``export`` job: inputs ``checkpoint`` and ``model``; config ``dtype``."""
+    inputs = job.inputs
+    return export(
+        Path(inputs["checkpoint"]), Path(inputs["model"]), job.out, dtype=job.config.get("dtype"), events=events
+    )
+
+
+def export(
+    checkpoint: Path,
+    model: Path,
+    out: Path,
+    *,
+    dtype: str | None,
+    events: Events,
+    max_shard_size: int = 5_000_000_000,
+) -> dict[str, Any]:
+    """Write ``checkpoint`` as a Hugging Face folder into the existing folder ``out``.
+
+    ``model`` is the Hugging Face folder that the checkpoint descends from: its config.json, generation config and
+    tokenizer files are copied byte for byte; if the type of the weights changed, exactly that key of config.json does.
+    ``dtype`` is bf16, fp16, fp32, or None: then each tensor keeps the checkpoint's. ``max_shard_size`` is in bytes.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged, or of another model than ``model``; names the field.
+        VocabularyError: the checkpoint was made with another tokenizer.
+        WeightMappingError: a weight without a rule, or a rule without a weight.
+        DiskSpaceError: ``out`` lies on a disk without enough room.
+    """
+    if dtype is not None and dtype not in SHORT:
+        raise ConfigError(unknown("dtype", dtype, SHORT))
+    manifest = read_manifest(checkpoint)
+    config = read_config(model)
+    plan = _checked_plan(manifest, checkpoint, model, config)
+    source = TorchDistReader(latest_folder(checkpoint))
+    check_coverage(plan, source, checkpoint)
+    tensors = planned_tensors(plan, source, manifest, dtype)
+    total = sum(info.nbytes for info in tensors.values())
+    with emptied_on_failure(out):
+        require_space(out, total + (64 << 20), "the exported model")
+        _write_weights(out, plan, source, tensors, manifest, max_shard_size, events, total)
+        copied = copy_companions(model, out)
+        exported_dtypes = {info.dtype for info in tensors.values()}
+        _write_config(out / "config.json", exported_dtypes, manifest.source_dtype)
+    return {
+        "family": manifest.family,
+        "iteration": manifest.iteration,
+        "bytes": total,
+        "dtype": short_name(exported_dtypes),
+        "copied": copied,
+    }
+
+
+def _checked_plan(
+    manifest: CheckpointManifest, checkpoint: Path, model: Path, config: Mapping[str, Any]
+) -> list[Weight]:
+    family, architecture = architecture_of(config)
+    if manifest.family != config["model_type"]:
+        raise CheckpointError(
+            f"{checkpoint} is of family {manifest.family}, but {model} has model_type {config['model_type']}; "
+            "give --model the folder that was converted"
+        )
+    theirs = architecture.model_dump()
+    for field, value in manifest.architecture.model_dump().items():
+        if theirs[field] != value:
+            raise CheckpointError(
+                f"{checkpoint} has {field} {value}, but config.json of {model} says {theirs[field]}; "
+                "give --model the folder that was converted"
+            )
+    if tokenizer_digest(model) != manifest.tokenizer_digest:
+        raise VocabularyError(
+            f"the tokenizer files of {model} are not those that {checkpoint} was converted with "
+            f"(digest {tokenizer_digest(model)}, not {manifest.tokenizer_digest}); give --model the folder that was converted"
+        )
+    return list(family.plan(architecture))
+
+
+def check_coverage(plan: list[Weight], source: TorchDistReader, checkpoint: Path) -> None:
+    """Every tensor of the checkpoint has a rule, every rule its tensor in the expected shape.
+
+    Raises:
+        WeightMappingError: names the first that has not.
+        CheckpointError: a shape contradicts the manifest; only an embedding may have more rows, as padding.
+    """
+    expected = {weight.key: weight for weight in plan}
+    stored = {key: shape for key, shape in source.shapes.items() if not key.startswith(TRAINING_STATE)}
+    if missing := [key for key in expected if key not in stored]:
+        raise WeightMappingError(
+            f"{checkpoint} has no tensor {missing[0]} ({len(missing)} missing), which a rule needs"
+        )
+    if surplus := sorted(set(stored) - set(expected)):
+        raise WeightMappingError(
+            f"no rule exports {surplus[0]} of {checkpoint} ({len(surplus)} such tensors); "
+            "add a rule in megatron_ext/families/"
+        )
+    for key, weight in expected.items():
+        rows = slice(1, None) if weight.padded_vocabulary and stored[key][0] >= weight.shape[0] else slice(None)
+        if stored[key][rows] != weight.shape[rows]:
+            raise CheckpointError(
+                f"{key} of {checkpoint} has shape {list(stored[key])}, but its manifest implies {list(weight.shape)}"
+            )
+
+
+def planned_tensors(
+    plan: list[Weight], source: TorchDistReader, manifest: CheckpointManifest, dtype: str | None
+) -> dict[str, TensorInfo]:
+    """Type and shape of every Hugging Face weight, in the order in which they are written."""
+    own = {name: SHORT[short] for name, short in manifest.weight_dtypes.items()}
+    return {
+        name: TensorInfo(SHORT[dtype] if dtype else own.get(name, source.dtypes[weight.key]), shape)
+        for weight in plan
+        for name, shape in weight.hf.items()
+    }
+
+
+def _write_weights(
+    out: Path,
+    plan: list[Weight],
+    source: TorchDistReader,
+    tensors: Mapping[str, TensorInfo],
+    manifest: CheckpointManifest,
+    max_shard_size: int,
+    events: Events,
+    total: int,
+) -> None:
+    dims, done = manifest.architecture.dims(), 0
+    writer = SafetensorsWriter(out, tensors, max_shard_size)
+    for weight in plan:
+        for name, tensor in zip(weight.hf, read_weight(weight, source, dims), strict=True):
+            writer.write(name, tensor.to(tensors[name].dtype))
+            done += tensors[name].nbytes
+        events.progress(done, total, "bytes")
+    writer.close()
+    source.close()
+
+
+def read_weight(weight: Weight, source: TorchDistReader, dims: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
+    """The Hugging Face weights that one megatron-core weight holds; padded vocabulary rows are left out."""
+    if weight.layer is None:
+        tensor = source.read(weight.key, (0,) * len(weight.shape), weight.shape)
+    else:
+        start = (weight.layer, *[0] * (len(weight.shape) - 1))
+        tensor = source.read(weight.key, start, (1, *weight.shape[1:]))[0]
+    return weight.rule.to_hf(tensor, dims)
+
+
+def copy_companions(model: Path, out: Path) -> list[str]:
+    """Copy all of the model's files but its weights, its model card and hidden files; returns their names."""
+    names = []
+    for path in sorted(_companions(model)):
+        target = out / path.relative_to(model)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+        names.append(str(path.relative_to(model)))
+    return names
+
+
+def _companions(model: Path) -> Iterable[Path]:
+    for path in [*model.iterdir(), *model.glob("additional_chat_templates/*.jinja")]:
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if path.is_file() and not weights and not path.name.startswith(".") and path.name != "README.md":
+            yield path
+
+
+def _write_config(path: Path, dtypes: set[torch.dtype], source_dtype: str) -> None:
+    """Change the type of the weights in config.json, in the spelling that it has, if and only if the type changed."""
+    if short_name(dtypes) == source_dtype or len(dtypes) != 1:
+        return
+    text = path.read_text(encoding="utf-8")
+    config = json.loads(text)
+    name = CONFIG_NAMES[next(iter(dtypes))]
+    changed = {key: name for key in ("dtype", "torch_dtype") if config.get(key) not in (None, name)}
+    if changed:
+        path.write_text(json.dumps(config | changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,131 @@
+"""A checkpoint folder's manifest and its pointer to the newest iteration. Torch-free.
+
+A checkpoint folder holds ``latest_checkpointed_iteration.txt`` (``release`` after convert, else the iteration),
+``release/`` or ``iter_NNNNNNN/`` with the torch_dist files, and ``manifest.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from megatron_ext.config import Section
+from megatron_ext.errors import CheckpointError
+from megatron_ext.families.base import Architecture
+
+MANIFEST = "manifest.json"
+LATEST = "latest_checkpointed_iteration.txt"
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+class CheckpointManifest(Section):
+    """What no later stage should have to guess."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["megatron-flows/checkpoint"] = "megatron-flows/checkpoint"
+    version: Literal[1] = 1
+    layout: Literal["torch_dist"] = "torch_dist"
+    family: str = Field(description="model_type of Hugging Face")
+    architecture: Architecture
+    hf_config: dict[str, Any] = Field(description="config.json of the source")
+    dtype: str = Field(description="bf16, fp16, fp32, or mixed: type of the weights in this checkpoint")
+    source_dtype: str = Field(description="type of the weights in the Hugging Face source")
+    weight_dtypes: dict[str, str] = Field(
+        default_factory=dict,
+        description="Hugging Face weights that were narrower than the fused or stacked tensor that holds them",
+    )
+    vocab_size: int = Field(description="rows of the embedding that the model has")
+    padded_vocab_size: int = Field(description="rows on disk")
+    tokenizer_digest: str
+    chat_template: str | None = None
+    iteration: Literal["release"] | int
+    training: dict[str, Any] | None = None
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no such folder, no manifest, or a manifest of another kind.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint folder {folder} does not exist; write one with mflow convert")
+    try:
+        return CheckpointManifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}; give a folder that mflow convert or mflow train wrote"
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "file"
+        raise CheckpointError(f"{path} is not a checkpoint manifest: {place}: {first['msg']}") from None
+
+
+def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
+    """Write the manifest by one rename, so that a reader never sees half of it."""
+    _replace(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+
+def write_latest(folder: Path, iteration: Literal["release"] | int) -> None:
+    """Point the checkpoint folder to ``release`` or an iteration."""
+    _replace(folder / LATEST, f"{iteration}\n")
+
+
+def read_latest(folder: Path) -> Literal["release"] | int:
+    """What the checkpoint folder points to.
+
+    Raises:
+        CheckpointError: the pointer is missing or unreadable.
+    """
+    path = folder / LATEST
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {LATEST}; is it a checkpoint folder?") from None
+    if text == "release":
+        return "release"
+    if not text.isdecimal():
+        raise CheckpointError(f"{path} says {text!r}; it must say release or an iteration")
+    return int(text)
+
+
+def iteration_folder(folder: Path, iteration: Literal["release"] | int) -> Path:
+    """Where the torch_dist files of ``iteration`` lie: ``release/`` or ``iter_0000100/``."""
+    return folder / ("release" if iteration == "release" else f"iter_{iteration:07d}")
+
+
+def latest_folder(folder: Path) -> Path:
+    """The torch_dist folder that the checkpoint folder points to.
+
+    Raises:
+        CheckpointError: there is no pointer, or it points to nothing.
+    """
+    found = iteration_folder(folder, read_latest(folder))
+    if not found.is_dir():
+        raise CheckpointError(f"{folder / LATEST} points to {found.name}, which is not in {folder}")
+    return found
+
+
+def read_chat_template(model: Path) -> str | None:
+    """The default chat template of a Hugging Face folder: its own file, else the one in tokenizer_config.json."""
+    if (model / "chat_template.jinja").exists():
+        return (model / "chat_template.jinja").read_text(encoding="utf-8")
+    if not (model / "tokenizer_config.json").exists():
+        return None
+    template = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return template
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

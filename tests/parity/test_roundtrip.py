@@ -1,0 +1,60 @@
+"""Hugging Face -> torch_dist -> Hugging Face gives back every tensor bit for bit, and every other file byte for byte."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import write_model
+
+from megatron_ext.events import Events
+from megatron_ext.weights.convert import convert
+from megatron_ext.weights.export import export
+
+SHAPES = {
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "llama, one key head": {"num_key_value_heads": 1},
+    "llama, as many key heads as query heads": {"num_key_value_heads": 8},
+    "llama, head_dim of its own": {"head_dim": 24},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "llama, odd vocabulary": {"vocab_size": 509},
+    "qwen2": {},
+    "qwen2 tied": {"tie_word_embeddings": True},
+}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def assert_same_tensors(left: Path, right: Path) -> None:
+    a, b = tensors_of(left), tensors_of(right)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert torch.equal(a[name], b[name]), name
+
+
+def round_trip(model: Path, tmp: Path, *, dtype: str | None = None, max_shard_size: int = 5_000_000_000) -> Path:
+    for name in ("checkpoint", "export"):
+        (tmp / name).mkdir()
+    convert(model, tmp / "checkpoint", dtype=dtype, events=Events())
+    export(tmp / "checkpoint", model, tmp / "export", dtype=None, events=Events(), max_shard_size=max_shard_size)
+    return tmp / "export"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_round_trip_is_bit_equal(case, dtype, tmp_path):
+    model = write_model(tmp_path / "hf", case.split()[0].strip(","), dtype=dtype, **SHAPES[case])
+    assert_same_tensors(model, round_trip(model, tmp_path))
+
+
+def test_every_other_file_is_copied_byte_for_byte(tmp_path):
+    model = write_model(tmp_path / "hf")
+    (model / "generation_config.json").write_text('{ "eos_token_id":  2 }')
+    exported = round_trip(model, tmp_path)
+    for path in model.iterdir():
+        if path.suffix != ".safetensors":
+            assert (exported / path.name).read_bytes() == path.read_bytes(), path.name
