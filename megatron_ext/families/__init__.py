@@ -23,8 +23,6 @@ def find_family(model_type: str) -> ModelFamily:
         UnsupportedModelError: no family of this name; lists those there are.
     """
     if model_type not in available():
-        remedy = "add one in megatron_ext/families/"
-        raise UnsupportedModelError(
-            unknown("model_type", model_type, available(), remedy) + " (key model_type of config.json)"
-        )
+        remedy = "key model_type of config.json; add a family in megatron_ext/families/"
+        raise UnsupportedModelError(unknown("model_type", model_type, available(), remedy))
     return importlib.import_module(f"{__name__}.{model_type}").FAMILY

@@ -31,7 +31,7 @@ class Architecture(Section):
     rotary_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = Field(
         None,
-        description="llama3 only: rope_type, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings",
+        description="rope_type linear or llama3, and its parameters under Hugging Face's names",
     )
     share_embeddings_and_output_weights: bool = False
     add_bias_linear: bool = False

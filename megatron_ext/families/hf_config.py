@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ext.errors import SourceError, UnsupportedModelError
+from megatron_ext.errors import SourceError, UnsupportedModelError, unknown
 from megatron_ext.families.base import Architecture, ModelFamily
 
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Rope type -> the parameters that it needs."""
 HANDLED = {
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
     "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "hidden_act", "rope_parameters", "rope_theta",
@@ -21,7 +25,8 @@ HANDLED = {
 WITHOUT_EFFECT = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range", "pretraining_tp",
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "attention_dropout",
-    "sliding_window", "max_window_layers", "layer_types", "auto_map", "_attn_implementation", "_attn_implementation_autoset",
+    "sliding_window", "max_window_layers", "layer_types", "auto_map", "_attn_implementation",
+    "_attn_implementation_autoset",
     "is_decoder", "is_encoder_decoder", "return_dict", "output_attentions", "output_hidden_states", "use_mrope",
 }  # fmt: skip
 """Keys that change nothing that is converted: token ids, loading, initialization, training-time dropout."""
@@ -69,10 +74,10 @@ def unread_keys(family: ModelFamily, config: Mapping[str, Any]) -> list[str]:
 
 
 def read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Rotary base, and the scaling parameters if the rope type is llama3.
+    """Rotary base, and the scaling parameters if the rope type is not default.
 
     Raises:
-        UnsupportedModelError: another rope type than default and llama3, or rotary positions on a part of the head.
+        UnsupportedModelError: a rope type that is not in ROPE_SCALINGS, or rotary positions on a part of the head.
     """
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -82,12 +87,9 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
         raise UnsupportedModelError(f"config.json: partial_rotary_factor {part} is not supported; Available: 1.0")
     if kind == "default":
         return base, None
-    if kind != "llama3":
-        raise UnsupportedModelError(
-            f"config.json: rope_type {kind!r} is not supported; Available: default, llama3 (set another type back to "
-            "default only if you never go beyond the original context length)"
-        )
-    return base, {"rope_type": "llama3", **{name: _number(rope, name) for name in LLAMA3_ROPE}}
+    if kind not in ROPE_SCALINGS:
+        raise UnsupportedModelError(unknown("rope_type", kind, ["default", *ROPE_SCALINGS], "in config.json"))
+    return base, {"rope_type": kind, **{name: _number(rope, name) for name in ROPE_SCALINGS[kind]}}
 
 
 def _refuse_what_differs(family: ModelFamily, config: Mapping[str, Any]) -> None:
@@ -107,8 +109,8 @@ def _all_linear_biases(config: Mapping[str, Any]) -> bool:
     attention, mlp = bool(config["attention_bias"]), bool(config["mlp_bias"])
     if attention != mlp:
         raise UnsupportedModelError(
-            f"config.json: attention_bias {attention} with mlp_bias {mlp} is not supported: megatron-core has biases in "
-            "all linear layers of a block or in none. Available: both true, both false"
+            f"config.json: attention_bias {attention} with mlp_bias {mlp} is not supported: megatron-core has biases "
+            "in all linear layers of a block or in none. Available: both true, both false"
         )
     return attention
 

@@ -57,6 +57,7 @@ def transformer_config(
         pipeline_model_parallel_size=runtime.pipeline_model_parallel_size,
         sequence_parallel=runtime.sequence_parallel,
         variable_seq_lengths=runtime.pipeline_model_parallel_size > 1,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths, in dense models too
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
         use_cpu_initialization=on_cpu,

@@ -102,7 +102,8 @@ def _checked_plan(
     if tokenizer_digest(model) != manifest.tokenizer_digest:
         raise VocabularyError(
             f"the tokenizer files of {model} are not those that {checkpoint} was converted with "
-            f"(digest {tokenizer_digest(model)}, not {manifest.tokenizer_digest}); give --model the folder that was converted"
+            f"(digest {tokenizer_digest(model)}, not {manifest.tokenizer_digest}); "
+            "give --model the folder that was converted"
         )
     return list(family.plan(architecture))
 
@@ -117,9 +118,7 @@ def check_coverage(plan: list[Weight], source: TorchDistReader, checkpoint: Path
     expected = {weight.key: weight for weight in plan}
     stored = {key: shape for key, shape in source.shapes.items() if not key.startswith(TRAINING_STATE)}
     if missing := [key for key in expected if key not in stored]:
-        raise WeightMappingError(
-            f"{checkpoint} has no tensor {missing[0]} ({len(missing)} missing), which a rule needs"
-        )
+        raise WeightMappingError(f"{checkpoint} has no tensor {missing[0]} ({len(missing)} missing), that a rule needs")
     if surplus := sorted(set(stored) - set(expected)):
         raise WeightMappingError(
             f"no rule exports {surplus[0]} of {checkpoint} ({len(surplus)} such tensors); "

@@ -56,7 +56,7 @@ class TorchDistWriter:
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
     def tensor(self, key: str, shape: tuple[int, ...], offset: tuple[int, ...], part: torch.Tensor) -> None:
-        """Write ``part``, which lies at ``offset`` of the tensor ``key`` of global ``shape``, in pieces of bounded size."""
+        """Write ``part``, at ``offset`` of the tensor ``key`` of global ``shape``, in pieces of bounded size."""
         entry = self._entries.setdefault(
             key, TensorStorageMetadata(TensorProperties(dtype=part.dtype), torch.Size(shape), [])
         )
@@ -157,9 +157,7 @@ class TorchDistReader:
     def _blob(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         place = self._storage.get(MetadataIndex(key, chunk.offsets))
         if place is None:
-            raise CheckpointError(
-                f"{self._folder / '.metadata'} does not say where {key} at {tuple(chunk.offsets)} lies"
-            )
+            raise CheckpointError(f"{self._folder / '.metadata'} does not place {key} at {tuple(chunk.offsets)}")
         path = self._folder / place.relative_path
         try:
             file = self._files.get(path.name) or self._files.setdefault(path.name, path.open("rb"))

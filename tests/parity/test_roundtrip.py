@@ -1,10 +1,10 @@
-"""Hugging Face -> torch_dist -> Hugging Face gives back every tensor bit for bit, and every other file byte for byte."""
+"""Hugging Face -> torch_dist -> Hugging Face gives back every tensor and every other file, bit for bit."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import write_model
 
 from megatron_ext.events import Events

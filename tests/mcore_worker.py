@@ -1,0 +1,86 @@
+"""megatron-core on a CPU in processes of its own (the platform redirects torch.cuda): ``mcore_worker.py JOB.json``.
+
+The job is a list of steps {"checkpoint", "tp", "pp", "tokens"?: file, "logits"?: file, "save"?: folder}: load the
+checkpoint with megatron.core.dist_checkpointing into the model that training builds, then answer with the logits of
+the tokens (B, T) -> (B, T, V), or save it again at the step's layout.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_worker(steps: list[dict], tmp: Path, processes: int = 1) -> None:
+    """Run the steps on ``processes`` ranks; fails with their last lines."""
+    job = tmp / "job.json"
+    job.write_text(json.dumps(steps))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, job],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * processes, "\n".join(outputs)[-5000:]
+
+
+def main() -> None:
+    from megatron_ext.platforms.base import select
+
+    platform = select("cpu")
+    platform.prepare()
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_ext.platforms import megatron_fixes
+
+    megatron_fixes.apply(platform.name)
+    job = json.loads(Path(sys.argv[1]).read_text())
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}.store", rank=rank, world_size=world)
+    for step in job:
+        parallel_state.initialize_model_parallel(step["tp"], step["pp"], create_gloo_process_groups=False)
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        run_step(step, platform)
+        parallel_state.destroy_model_parallel()
+        tensor_parallel.get_cuda_rng_tracker().reset()
+    dist.destroy_process_group()
+
+
+def run_step(step: dict, platform) -> None:
+    import torch
+    from megatron.core import dist_checkpointing
+
+    from megatron_ext.config import RuntimeConfig, TrainConfig
+    from megatron_ext.model.provider import build_model
+    from megatron_ext.training.checkpoints import load_weights, sharding
+    from megatron_ext.weights.manifest import latest_folder, read_manifest
+
+    checkpoint = Path(step["checkpoint"])
+    train = TrainConfig(
+        seq_length=64, global_batch_size=1, train_iters=1, lr=1.0, precision=step.get("precision", "fp32")
+    )
+    runtime = RuntimeConfig(
+        tensor_model_parallel_size=step["tp"], pipeline_model_parallel_size=step["pp"], platform="cpu"
+    )
+    model = build_model(read_manifest(checkpoint).architecture, train, runtime, platform).eval()
+    load_weights(model, latest_folder(checkpoint))
+    if "logits" in step:
+        tokens = torch.load(step["tokens"])
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        with torch.no_grad():
+            torch.save(model(tokens, positions, None), step["logits"])
+    if "save" in step:
+        folder = Path(step["save"])
+        folder.mkdir(parents=True, exist_ok=True)
+        dist_checkpointing.save(model.sharded_state_dict(metadata=sharding()), str(folder))
+
+
+if __name__ == "__main__":
+    main()
