@@ -162,11 +162,14 @@ class TorchDistReader:
         try:
             file = self._files.get(path.name) or self._files.setdefault(path.name, path.open("rb"))
             file.seek(place.offset)
-            blob = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            content = file.read(place.length)
+            if len(content) < place.length or not content.startswith(b"PK"):  # torch.save writes zip files
+                raise EOFError("not a blob of torch.save")
+            blob = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing; {key} was in it") from None
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{path} is truncated or damaged: {key} cannot be read ({reason})") from None
         if not isinstance(blob, torch.Tensor) or blob.shape != chunk.sizes:
             raise CheckpointError(f"{path} is damaged: {key} at {tuple(chunk.offsets)} is not what .metadata says")
@@ -180,7 +183,15 @@ class TorchDistReader:
         except FileNotFoundError as error:
             missing = Path(error.filename).name
             raise CheckpointError(f"{self._folder} has no {missing}; it is not a whole torch_dist checkpoint") from None
-        except (ValueError, KeyError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            EOFError,
+            pickle.UnpicklingError,
+            AttributeError,
+            ImportError,
+        ) as error:
             raise CheckpointError(f"{path} or metadata.json beside it is damaged: {error}") from None
         if backend != "torch_dist" or not isinstance(metadata, Metadata):
             raise CheckpointError(f"{self._folder} is saved as {backend!r}; Available: torch_dist")
