@@ -16,6 +16,27 @@ OWNER = "MFLOW_OWNER_PID"
 SECONDS_TO_SAVE = 6.0
 
 
+class StopRequest:
+    """SIGTERM or Ctrl-C, remembered until the job finds a good moment to stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def listen(self) -> None:
+        """Catch the signals from now on; a job that does not listen is ended by them."""
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+STOP = StopRequest()
+"""The one of this process."""
+
+
 class OwnerGuard:
     """Thread that waits for the owner's death, then asks this process to stop and soon after ends it.
 
@@ -25,7 +46,6 @@ class OwnerGuard:
 
     def __init__(self, owner: int, grace_seconds: float) -> None:
         self._owner, self._grace = owner, grace_seconds
-        self.stopping = False
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="owner-guard", daemon=True).start()
@@ -39,7 +59,7 @@ class OwnerGuard:
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
             poll.poll()
-        seconds = self._grace if self.stopping else SECONDS_TO_SAVE
+        seconds = self._grace if STOP.asked else SECONDS_TO_SAVE
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(seconds)
         os._exit(128 + signal.SIGKILL)

@@ -51,14 +51,29 @@ def run_job(job: Job, events: Events) -> dict[str, Any]:
     return getattr(importlib.import_module(module), function)(job, events)
 
 
-def start_torchrun(job_file: Path, nproc_per_node: int) -> None:
-    """Become the torchrun agent of ``nproc_per_node`` workers on this node."""
+def check_training(job: Job) -> None:
+    """Refuse a training that cannot run before its ranks are started."""
+    from megatron_ext.training.loop import prepare
+
+    prepare(job)
+
+
+def start_torchrun(job_file: Path, job: Job) -> int:
+    """Become the torchrun agent of the job's ranks on this node; the exit code is that of the first rank to fail."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    torchrun(
-        ["--standalone", f"--nproc-per-node={nproc_per_node}", "--max-restarts=0"]
-        + ["-m", "megatron_ext.worker", str(job_file)]
-    )
+    agent = ["--standalone", f"--nproc-per-node={job.runtime.nproc_per_node}", "--max-restarts=0"]
+    agent += [f"--shutdown-timeout={job.runtime.grace_seconds}"]
+    try:
+        torchrun([*agent, "-m", "megatron_ext.worker", str(job_file)])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
 
 
 def main() -> int:
@@ -66,11 +81,11 @@ def main() -> int:
     job_file = Path(sys.argv[1])
     job = Job.model_validate_json(job_file.read_text(encoding="utf-8"))
     watch_owner(job.runtime.grace_seconds)
-    if job.job == "train" and job.runtime.nproc_per_node > 1 and "RANK" not in os.environ:
-        start_torchrun(job_file, job.runtime.nproc_per_node)
-        return 0
     events = Events(job.events if os.environ.get("RANK", "0") == "0" else None)
     try:
+        if job.job == "train" and job.runtime.nproc_per_node > 1 and "RANK" not in os.environ:
+            check_training(job)
+            return start_torchrun(job_file, job)
         events.emit("result", **run_job(job, events))
     except JobInterrupted:
         return 0

@@ -33,7 +33,7 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
 def transformer_config(
     architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig, platform: Platform
 ) -> TransformerConfig:
-    """megatron-core's configuration of the model. Weights are not initialised: they come from a checkpoint."""
+    """megatron-core's configuration of the model. Weights are left as allocated: they come from a checkpoint."""
     dtype, on_cpu, fused = DTYPES[train.precision], platform.name == "cpu", platform.transformer_engine()
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -61,12 +61,18 @@ def transformer_config(
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
         use_cpu_initialization=on_cpu,
-        perform_initialization=False,
+        init_method=_keep,  # megatron-core marks split weights only when it initialises them
+        output_layer_init_method=_keep,
+        embedding_init_method=_keep,
         apply_rope_fusion=fused,
         persist_layer_norm=fused,
         bias_activation_fusion=not on_cpu and architecture.activation in ("silu", "gelu"),
         bias_dropout_fusion=not on_cpu,
     )
+
+
+def _keep(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def layer_spec(architecture: Architecture, config: TransformerConfig, platform: Platform) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 from typing import Any
 
 VERSION = (0, 16, 1)
@@ -17,6 +18,7 @@ def apply(platform: str) -> None:
     if (package_info.MAJOR, package_info.MINOR, package_info.PATCH) == VERSION:
         _own_step_for_each_parameter()
         _restore_states_without_gradient()
+        _write_in_this_process()
 
 
 def _random_state_on_cpu() -> None:
@@ -64,6 +66,38 @@ def _own_step_for_each_parameter() -> None:
                 state["step"] = state["step"].detach().clone()
 
     DistributedOptimizer.load_state_dict = load
+
+
+def _write_in_this_process() -> None:
+    """A checkpoint is written by forked processes behind a manager process; when a writer dies the parent waits for
+    ever. For a save that is waited for anyway, writing here is faster and cannot hang.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    def write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue) -> None:
+        written: dict[int, Any] = {}
+        for number, bucket in enumerate(buckets):
+            answers: queue.Queue = queue.Queue()
+            count: queue.Queue = queue.Queue()
+            count.put(number)
+            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answers, count, use_fsync=True)
+            written[number] = answers.get_nowait()[1]
+            if isinstance(written[number], Exception):
+                results.put(written[number])
+                return
+        results.put(written)
+
+    original = TorchDistSaveShardedStrategy.async_save
+
+    def save(self: Any, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+        filesystem_async._results_queue = queue.Queue()
+        return original(self, sharded_state_dict, checkpoint_dir)
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write)
+    TorchDistSaveShardedStrategy.async_save = save
 
 
 def fill_adam_state(optimizer: Any) -> None:

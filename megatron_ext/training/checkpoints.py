@@ -1,29 +1,205 @@
-"""Checkpoints as torch_dist folders: load weights, save and resume the full state, keep the last, publish whole."""
+"""Checkpoints as torch_dist folders: load weights, save and resume the full state, write the final weights.
+
+A checkpoint is written under a partial name, flushed to the disk and renamed; the pointer to it moves last. So
+whatever the moment of a kill, ``latest_checkpointed_iteration.txt`` names a whole checkpoint or there is none.
+"""
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LATEST = "latest_checkpointed_iteration.txt"
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_ext.errors import CheckpointError
+from megatron_ext.folders import fsync_tree, replace_folder
+from megatron_ext.weights.manifest import LATEST, iteration_folder, latest_folder, read_latest, write_latest
+
+OPTIMIZER = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
 
 
-def latest_folder(checkpoint: Path) -> Path:
-    """``release`` or ``iter_NNNNNNN`` inside ``checkpoint``, as its tracker file says."""
-    named = (checkpoint / LATEST).read_text(encoding="utf-8").strip()
-    return checkpoint / (named if named == "release" else f"iter_{int(named):07d}")
+@dataclass
+class TrainingState:
+    """Everything that a step changes."""
+
+    model: Any  # the bare GPTModel
+    optimizer: Any
+    scheduler: Any
+    step: int = 0
 
 
-def load_weights(model: Any, folder: Path) -> None:
-    """Fill ``model`` (a bare GPTModel of any tensor- and pipeline-parallel layout) from a torch_dist folder."""
-    from megatron.core import dist_checkpointing
+def layout() -> dict[str, int]:
+    """Parallel sizes of this run; random states fit only the layout that wrote them."""
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+    }
 
-    loaded = dist_checkpointing.load(model.sharded_state_dict(metadata=sharding()), str(folder))
+
+def load_weights(model: Any, checkpoint: Path) -> None:
+    """Fill ``model`` (a bare GPTModel, any layout, any dtype) from a checkpoint folder.
+
+    Raises:
+        CheckpointError: the torch_dist files are damaged or of another model.
+    """
+    folder = latest_folder(checkpoint)
+    try:
+        loaded = dist_checkpointing.load(model.sharded_state_dict(metadata=_sharding()), str(folder))
+    except (dist_checkpointing.core.CheckpointingException, OSError, KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"cannot read the weights in {folder}: {error}; convert the model again") from error
     model.load_state_dict(loaded, strict=False)
 
 
-def sharding() -> dict[str, Any]:
-    """What ``sharded_state_dict`` must know about the data-parallel group."""
-    from megatron.core import parallel_state
+def save_state(out: Path, state: TrainingState) -> None:
+    """Write the full state as ``iter_NNNNNNN`` in ``out``, point to it, and remove the one before it."""
+    weights = state.model.sharded_state_dict(metadata=_sharding())
+    content = {
+        "model": weights,
+        "optimizer": state.optimizer.sharded_state_dict(weights, metadata={**_sharding(), **OPTIMIZER}),
+        "random": _random_states(),
+        "scheduler": state.scheduler.state_dict(),
+        "step": state.step,
+        "layout": layout(),
+    }
+    _publish(out, state.step, content)
 
+
+def resume(out: Path, state: TrainingState) -> bool:
+    """Continue from the newest full state in ``out``, if there is one."""
+    if not (out / LATEST).exists():
+        return False
+    folder = latest_folder(out)
+    same_layout = dist_checkpointing.load_common_state_dict(str(folder))["layout"] == layout()
+    weights = state.model.sharded_state_dict(metadata=_sharding())
+    wanted = {
+        "model": weights,
+        "optimizer": state.optimizer.sharded_state_dict(
+            weights, is_loading=True, metadata={**_sharding(), **OPTIMIZER}
+        ),
+    }
+    if same_layout:
+        wanted["random"] = _random_states()
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    state.model.load_state_dict(loaded["model"], strict=False)
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.load_state_dict(loaded["scheduler"])
+    state.step = loaded["step"]
+    if same_layout:
+        _set_random_states(loaded["random"])
+    return True
+
+
+def save_final(out: Path, state: TrainingState, base: Path, finish: Callable[[], None]) -> None:
+    """Write the weights alone, each in the type it had in the checkpoint ``base``; ``finish`` runs before the pointer
+    moves, on rank 0 (it writes the manifest).
+    """
+    types = _types(latest_folder(base))
+    weights = state.model.sharded_state_dict(metadata=_sharding())
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key in types:
+            value.data = value.data.detach().to(types[value.key])
+            if isinstance(value, ShardedTensor):
+                value.dtype = types[value.key]
+        return value
+
+    dict_list_map_inplace(cast, weights)
+    _publish(out, state.step, weights, finish)
+
+
+def clear_partials(out: Path) -> None:
+    """Remove what a killed save left."""
+    for partial in out.glob(".iter_*.partial"):
+        shutil.rmtree(partial)
+    if (out / LATEST).exists():
+        _keep_only(out, latest_folder(out))
+
+
+def _publish(out: Path, step: int, content: dict[str, Any], finish: Callable[[], None] | None = None) -> None:
+    target = iteration_folder(out, step)
+    partial = out / f".{target.name}.partial"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(content, str(partial), _strategy())
+    if first:
+        fsync_tree(partial)
+        replace_folder(partial, target)
+        if finish:
+            finish()
+        write_latest(out, step)
+        _flush(out / LATEST, out)
+        _keep_only(out, target)
+    dist.barrier()
+
+
+def _flush(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _keep_only(out: Path, kept: Path) -> None:
+    for folder in out.glob("iter_*"):
+        if folder != kept:
+            shutil.rmtree(folder)
+
+
+def _strategy() -> Any:
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return FullyParallelSaveStrategyWrapper(strategy, group, True) if group.size() > 1 else strategy
+
+
+def _sharding() -> dict[str, Any]:
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _types(folder: Path) -> dict[str, torch.dtype]:
+    """Key -> type of every tensor in a torch_dist folder."""
+    entries = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return {key: entry.properties.dtype for key, entry in entries.items() if hasattr(entry, "properties")}
+
+
+def _random_states() -> ShardedObject:
+    """Every generator of this rank; data-parallel ranks differ, because dropout sees other shapes there."""
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("random", states, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def last_checkpoint(out: Path) -> str:
+    """The newest whole checkpoint in ``out``, in words."""
+    return f"{out / 'iter_'}{int(read_latest(out)):07d}" if (out / LATEST).exists() else "none was saved yet"

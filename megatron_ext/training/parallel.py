@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from datetime import timedelta
 
 from megatron_ext.config import RuntimeConfig
 from megatron_ext.errors import ParallelismError
+from megatron_ext.events import Events
 from megatron_ext.platforms.base import Platform, select
 
 
@@ -71,5 +73,27 @@ def seed_all(seed: int) -> None:
 
 def quiet() -> None:
     """Hide what megatron-core says about packages that are not installed and interfaces that it will change."""
-    for module in (r"megatron\.", r"torch\.distributed\.checkpoint\."):
+    for module in (r"megatron\.", r"torch\.distributed\."):
         warnings.filterwarnings("ignore", module=module)
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Fix the CPU threads of this process: results are bit-equal at one count only."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+
+def row_multiple(platform: Platform, runtime: RuntimeConfig) -> int:
+    """Rows of tokens are padded to a multiple of this: what the device likes, and what sequence parallelism splits."""
+    split = runtime.tensor_model_parallel_size if runtime.sequence_parallel else 1
+    return math.lcm(platform.pad_to_multiple, split)
+
+
+def announce(events: Events, platform: Platform, num_threads: int) -> None:
+    """Say which processes train, so that whoever stops the run can signal each of them."""
+    import torch.distributed as dist
+
+    pids: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    events.emit("ranks", pids=pids, platform=platform.name, device=platform.device_name(), num_threads=num_threads)

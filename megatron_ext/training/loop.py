@@ -1,0 +1,147 @@
+"""Supervised fine-tuning: from a converted checkpoint and a chat dataset to a trained checkpoint.
+
+``python -m megatron_ext.worker JOB.json`` runs it alone or as a rank under torchrun. The same folder and the same
+configuration go on from the last checkpoint; the steps after it are the ones an uninterrupted run would have done.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ext.config import RuntimeConfig, TrainConfig, validated
+from megatron_ext.errors import JobInterrupted, TrainingDivergedError
+from megatron_ext.events import Events
+from megatron_ext.folders import require_space
+from megatron_ext.guard import STOP
+from megatron_ext.training import plan as planning
+from megatron_ext.training.state import RunState, open_run, training_digest, write_run
+from megatron_ext.weights.manifest import CheckpointManifest, read_manifest, write_manifest
+
+if TYPE_CHECKING:
+    from megatron_ext.worker import Job
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that was read and checked before the first expensive second."""
+
+    train: TrainConfig
+    runtime: RuntimeConfig
+    checkpoint: Path
+    dataset: Path
+    out: Path
+    manifest: CheckpointManifest
+    plan: planning.Plan
+    state: RunState
+
+
+def prepare(job: Job) -> Setup:
+    """Read and check what the job names; torch-free, and the same in the launcher and in every rank.
+
+    Raises:
+        UserError: whatever does not fit, named with its value, place and remedy.
+    """
+    train = validated(TrainConfig, job.config, "train")
+    checkpoint, dataset = Path(job.inputs["checkpoint"]), Path(job.inputs["dataset"])
+    manifest = read_manifest(checkpoint)
+    planning.check_layout(manifest.architecture, train, job.runtime)
+    planning.check_vocabulary(manifest, planning.read_dataset_manifest(dataset), dataset)
+    plan = planning.make_plan(train, dataset, manifest.architecture.max_position_embeddings)
+    state = open_run(job.out, training_digest(train, checkpoint, dataset), job.runtime)
+    if state.summary is None:
+        require_space(job.out, planning.disk_needed(manifest.architecture), "training")
+    return Setup(train, job.runtime, checkpoint, dataset, job.out, manifest, plan, state)
+
+
+def run(job: Job, events: Events) -> dict[str, Any]:
+    """Train, or go on, or answer with the result that is already there.
+
+    Raises:
+        UserError: as ``prepare``.
+        TrainingDivergedError: the loss or the gradient norm is not a number.
+        JobInterrupted: stopped on request; a checkpoint was saved.
+    """
+    STOP.listen()
+    setup = prepare(job)
+    if setup.state.summary is not None:
+        events.note(f"{setup.out} is already trained")
+        return setup.state.summary
+    from megatron_ext.training.parallel import parallel_state, set_num_threads
+
+    set_num_threads(setup.state.num_threads)
+    with parallel_state(setup.runtime, setup.train.seed) as platform:
+        return _train(setup, platform, events)
+
+
+def _train(setup: Setup, platform: Any, events: Events) -> dict[str, Any]:
+    """The sentence: build, load, resume, then step by step compute, look, update, write down, save."""
+    import torch.distributed as dist
+
+    from megatron_ext.training import checkpoints
+    from megatron_ext.training.metrics import Diary
+    from megatron_ext.training.parallel import announce
+    from megatron_ext.training.steps import Trainer
+
+    trainer = Trainer(setup, platform)
+    if dist.get_rank() == 0:
+        write_run(setup.out, setup.state)
+        checkpoints.clear_partials(setup.out)
+    announce(events, platform, setup.state.num_threads)
+    if checkpoints.resume(setup.out, trainer.state):
+        events.note(f"resumed after step {trainer.state.step}")
+    diary = Diary(setup.out, setup.train, setup.plan, events, setup.runtime.log_interval)
+    diary.open(trainer.state.step)
+    while trainer.state.step < setup.plan.iterations:
+        diary.start_step()
+        loss, tokens, stop = trainer.compute()
+        _look(setup, trainer.state.step, "loss", loss)
+        lr, grad_norm = trainer.update()
+        _look(setup, trainer.state.step - 1, "gradient norm", grad_norm)
+        diary.end_step(trainer.state.step, loss, tokens, lr, grad_norm)
+        last = trainer.state.step == setup.plan.iterations
+        if not last and (stop or trainer.state.step % setup.runtime.save_interval == 0):
+            checkpoints.save_state(setup.out, trainer.state)
+            events.emit("checkpoint", step=trainer.state.step)
+        if not last and stop:
+            diary.close()
+            events.emit("interrupted", step=trainer.state.step)
+            raise JobInterrupted(f"stopped after step {trainer.state.step}")
+    figures = diary.close()
+    return _finish(setup, trainer, figures)
+
+
+def _look(setup: Setup, step: int, name: str, value: float) -> None:
+    """Stop before a broken step spreads; ``step`` counts from 0."""
+    if math.isfinite(value):
+        return
+    from megatron_ext.training.checkpoints import last_checkpoint
+
+    samples = setup.plan.sample_ids(step)
+    shown = ", ".join(map(str, samples[:16])) + (f" and {len(samples) - 16} more" if len(samples) > 16 else "")
+    raise TrainingDivergedError(
+        f"the {name} of step {step + 1} is {value}; its samples were {shown}; last checkpoint: "
+        f"{last_checkpoint(setup.out)}; lower train.lr or look at these samples with mflow inspect"
+    )
+
+
+def _finish(setup: Setup, trainer: Any, figures: dict[str, Any]) -> dict[str, Any]:
+    from megatron_ext.model.provider import padded_vocab_size
+    from megatron_ext.training import checkpoints
+
+    summary = {**setup.plan.summary(), **figures, "num_threads": setup.state.num_threads}
+    manifest = setup.manifest.model_copy(
+        update={
+            "iteration": setup.plan.iterations,
+            "padded_vocab_size": padded_vocab_size(setup.manifest.vocab_size, setup.runtime.tensor_model_parallel_size),
+            "training": {"train": setup.train.model_dump(), "summary": summary},
+        }
+    )
+    checkpoints.save_final(
+        setup.out, trainer.state, setup.checkpoint, finish=lambda: write_manifest(setup.out, manifest)
+    )
+    if trainer.first:
+        write_run(setup.out, setup.state.model_copy(update={"summary": summary}))
+    return summary

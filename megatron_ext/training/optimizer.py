@@ -1,0 +1,45 @@
+"""The model made trainable: mixed precision, megatron-core's DDP, and AdamW, sharded over data-parallel ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
+
+from megatron_ext.config import RuntimeConfig, TrainConfig
+from megatron_ext.platforms import megatron_fixes
+
+
+def data_parallel(model: Any, train: TrainConfig, runtime: RuntimeConfig) -> DistributedDataParallel:
+    """Wrap a bare GPTModel for training; gradients are summed in fp32."""
+    config = model.config
+    config.finalize_model_grads_func = finalize_model_grads
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=runtime.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # the loop looks at the loss before and at the norm after, and says more
+    )
+    wrapped = Float16Module(config, model) if train.precision == "bf16" else model
+    return DistributedDataParallel(config, settings, wrapped)
+
+
+def adamw(model: DistributedDataParallel, train: TrainConfig, runtime: RuntimeConfig) -> MegatronOptimizer:
+    """AdamW with fp32 main weights; biases and norms are not decayed."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        bf16=train.precision == "bf16",
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=runtime.use_distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+    megatron_fixes.fill_adam_state(optimizer)
+    return optimizer

@@ -1,0 +1,263 @@
+"""What a training will do, decided and checked before anything expensive starts. Torch-free: numpy and manifests.
+
+The flow, ``mflow explain`` and every rank compute the same plan from the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.config import RuntimeConfig, TrainConfig
+from megatron_ext.data.idxmap import Idxmap
+from megatron_ext.data.packing import Packing, pack, separate, shuffled
+from megatron_ext.errors import ConfigError, DatasetFormatError, ParallelismError, SourceError, VocabularyError
+from megatron_ext.families.base import Architecture
+from megatron_ext.weights.manifest import CheckpointManifest
+
+BYTES_A_PARAMETER = 16
+"""fp32 weights, gradients' place excluded: weight, main weight and two moments of Adam in a resumable checkpoint."""
+
+
+def check_layout(architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig) -> None:
+    """Refuse parallel sizes that cannot run.
+
+    Raises:
+        ParallelismError: names the value, what it must divide, and the remedy.
+    """
+    tp, pp = runtime.tensor_model_parallel_size, runtime.pipeline_model_parallel_size
+    world = runtime.nproc_per_node
+    if world % (tp * pp):
+        raise ParallelismError(
+            f"runtime.nproc_per_node {world} is not a multiple of tensor_model_parallel_size {tp} x "
+            f"pipeline_model_parallel_size {pp}; start {tp * pp} processes or a multiple"
+        )
+    splits = {
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "hidden_size": architecture.hidden_size,
+    }
+    for name, value in splits.items():
+        if value % tp:
+            fitting = [n for n in range(1, tp) if all(v % n == 0 for v in splits.values())]
+            raise ParallelismError(
+                f"runtime.tensor_model_parallel_size {tp} does not divide the model's {name} {value}; "
+                f"this model takes {', '.join(map(str, fitting))}"
+            )
+    if architecture.num_layers % pp:
+        fitting = [n for n in range(1, architecture.num_layers + 1) if architecture.num_layers % n == 0]
+        raise ParallelismError(
+            f"runtime.pipeline_model_parallel_size {pp} does not divide the model's {architecture.num_layers} layers; "
+            f"this model takes {', '.join(map(str, fitting))}"
+        )
+    if runtime.sequence_parallel and tp == 1:
+        raise ParallelismError(
+            "runtime.sequence_parallel needs tensor_model_parallel_size of 2 or more, which is 1; switch one of them"
+        )
+    data_parallel = world // (tp * pp)
+    if train.global_batch_size % (runtime.micro_batch_size * data_parallel):
+        raise ParallelismError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of runtime.micro_batch_size "
+            f"{runtime.micro_batch_size} x data-parallel size {data_parallel} (= {world} processes / ({tp} x {pp})); "
+            "change the micro batch size or the number of processes"
+        )
+
+
+def check_vocabulary(checkpoint: CheckpointManifest, dataset: dict[str, Any], place: Path) -> None:
+    """Refuse a dataset whose ids mean something else to this model.
+
+    Raises:
+        VocabularyError: another tokenizer, or an id beyond the embedding.
+    """
+    if dataset["tokenizer_digest"] != checkpoint.tokenizer_digest:
+        raise VocabularyError(
+            f"dataset {place} was made with tokenizer {dataset['tokenizer_digest'][:12]}, the checkpoint belongs to "
+            f"{checkpoint.tokenizer_digest[:12]}; run mflow tokenize with the tokenizer of this model"
+        )
+    if dataset["max_token_id"] >= checkpoint.vocab_size:
+        raise VocabularyError(
+            f"dataset {place} holds token id {dataset['max_token_id']}, but the model has {checkpoint.vocab_size} "
+            "embeddings; run mflow tokenize with the tokenizer of this model"
+        )
+
+
+def read_dataset_manifest(dataset: Path) -> dict[str, Any]:
+    """manifest.json of a chat dataset.
+
+    Raises:
+        SourceError: no dataset there.
+        DatasetFormatError: it is not a chat dataset, which supervised fine-tuning needs.
+    """
+    path = dataset / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{dataset} has no manifest.json; give a folder that mflow tokenize wrote") from None
+    except ValueError as error:
+        raise SourceError(f"{path} is not valid JSON: {error}; write the dataset again") from None
+    if manifest.get("format") != "megatron-flows/dataset":
+        raise SourceError(f"{path} is not the manifest of a dataset; give a folder that mflow tokenize wrote")
+    if manifest.get("kind") != "chat":
+        raise DatasetFormatError(
+            f"dataset {dataset} is of kind {manifest.get('kind')!r}; training needs a chat dataset"
+        )
+    return manifest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples each step trains on: a pure function of dataset, configuration and step.
+
+    Attributes:
+        documents: (N,) numbers in the dataset of the samples that are trained on.
+        lengths: (N,) tokens of each that are kept.
+        packing: which of those N share a sequence.
+        iterations: optimizer steps.
+        truncated, dropped_overlong, dropped_untrained: samples cut to seq_length, left out because they were longer,
+            and left out because no trained token was (left) in them.
+    """
+
+    documents: np.ndarray
+    lengths: np.ndarray
+    packing: Packing
+    global_batch_size: int
+    iterations: int
+    seed: int
+    truncated: int
+    dropped_overlong: int
+    dropped_untrained: int
+
+    def sequences(self, step: int) -> np.ndarray:
+        """(global_batch_size,) numbers of the sequences of optimizer step ``step``, counted from 0."""
+        count = len(self.packing)
+        wanted = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        orders = {epoch: _order(count, self.seed, epoch) for epoch in {int(e) for e in wanted // count}}
+        return np.asarray([orders[n // count][n % count] for n in wanted.tolist()], dtype=np.int64)
+
+    def samples(self, sequence: int) -> np.ndarray:
+        """Positions in ``documents`` of the samples in one sequence."""
+        return self.packing[sequence]
+
+    def sample_ids(self, step: int) -> list[int]:
+        """Numbers in the dataset of all samples of optimizer step ``step``."""
+        return [int(d) for s in self.sequences(step) for d in self.documents[self.samples(int(s))]]
+
+    def summary(self) -> dict[str, Any]:
+        """What a person wants to know about the plan; JSON-able."""
+        return {
+            "samples": len(self.documents),
+            "sequences": len(self.packing),
+            "truncated": self.truncated,
+            "dropped_overlong": self.dropped_overlong,
+            "dropped_untrained": self.dropped_untrained,
+            "fill": round(self.packing.fill, 4),
+            "iterations": self.iterations,
+            "epochs": round(self.iterations * self.global_batch_size / len(self.packing), 3),
+        }
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return shuffled(count, seed * 1_000_003 + epoch)
+
+
+def make_plan(train: TrainConfig, dataset: Path, max_position_embeddings: int | None = None) -> Plan:
+    """Decide the samples, sequences and steps of ``train`` on ``dataset``.
+
+    Raises:
+        DatasetFormatError: no sample is left to train on.
+        ConfigError: the schedule does not fit the number of steps, or a sample is longer than the model's context.
+    """
+    tokens, mask = Idxmap(dataset / "tokens"), Idxmap(dataset / "loss_mask")
+    if not np.array_equal(tokens.lengths, mask.lengths):
+        raise SourceError(f"{dataset}: tokens and loss_mask differ in their lengths; write the dataset again")
+    lengths = np.asarray(tokens.lengths, dtype=np.int64)
+    long = lengths > train.seq_length
+    kept = np.minimum(lengths, train.seq_length)
+    trained = _trained_tokens(mask, kept) > 0
+    chosen = trained & ~long if train.overlong == "drop" else trained
+    documents = np.flatnonzero(chosen)
+    if len(documents) == 0:
+        raise DatasetFormatError(
+            f"dataset {dataset}: none of {len(lengths)} samples has a trained token within train.seq_length "
+            f"{train.seq_length}; raise it or look at the data with mflow inspect"
+        )
+    kept = kept[documents]
+    if max_position_embeddings is not None and kept.max() > max_position_embeddings:
+        raise ConfigError(
+            f"train.seq_length {train.seq_length} lets samples of {kept.max()} tokens through, but the model knows "
+            f"{max_position_embeddings} positions; lower train.seq_length to {max_position_embeddings}"
+        )
+    packing = (pack if train.packing else separate)(kept, train.seq_length, train.seed)
+    iterations = _iterations(train, len(packing))
+    _check_schedule(train, iterations)
+    drop = train.overlong == "drop"
+    return Plan(
+        documents=documents,
+        lengths=kept,
+        packing=packing,
+        global_batch_size=train.global_batch_size,
+        iterations=iterations,
+        seed=train.seed,
+        truncated=0 if drop else int((long & trained).sum()),
+        dropped_overlong=int(long.sum()) if drop else 0,
+        dropped_untrained=int((~trained & ~long).sum() if drop else (~trained).sum()),
+    )
+
+
+def planned_iterations(train: TrainConfig, dataset: Path) -> int:
+    """Optimizer steps of ``train`` on the dataset folder ``dataset``. Raises as ``make_plan``."""
+    return train.train_iters or make_plan(train, dataset).iterations
+
+
+def _trained_tokens(mask: Idxmap, kept: np.ndarray) -> np.ndarray:
+    """(N,) trained tokens among the first ``kept`` tokens of each document; the first token has no predecessor."""
+    starts = mask.starts + 1
+    bounds = np.stack([starts, np.maximum(mask.starts + kept, starts)], axis=1).ravel()
+    sums = np.add.reduceat(np.append(mask.values, np.uint8(0)), bounds, dtype=np.int64)[::2]
+    return np.where(kept > 1, sums, 0)
+
+
+def _iterations(train: TrainConfig, sequences: int) -> int:
+    if train.train_iters is not None:
+        return train.train_iters
+    if train.train_tokens is not None:
+        return max(1, train.train_tokens // (train.global_batch_size * train.seq_length))
+    return max(1, math.ceil(train.train_epochs * sequences / train.global_batch_size))
+
+
+def _check_schedule(train: TrainConfig, iterations: int) -> None:
+    decay = train.lr_wsd_decay_iters if train.lr_decay_style == "WSD" and train.lr_wsd_decay_iters else 0
+    if train.lr_warmup_iters and train.lr_warmup_iters >= iterations:
+        raise ConfigError(
+            f"train.lr_warmup_iters {train.lr_warmup_iters} is not below the {iterations} steps of this training; "
+            "lower it"
+        )
+    if train.lr_warmup_iters + decay > iterations:
+        raise ConfigError(
+            f"train.lr_warmup_iters {train.lr_warmup_iters} + lr_wsd_decay_iters {decay} is more than the {iterations} "
+            "steps of this training; lower one of them"
+        )
+
+
+def parameters(architecture: Architecture) -> int:
+    """Weights of a model of this shape, norms and biases included."""
+    a = architecture
+    qkv = a.kv_channels * (a.num_attention_heads + 2 * a.num_query_groups)
+    attention = a.hidden_size * qkv + a.kv_channels * a.num_attention_heads * a.hidden_size
+    mlp = (3 if a.gated_linear_unit else 2) * a.hidden_size * a.ffn_hidden_size
+    bias = (qkv if a.add_qkv_bias or a.add_bias_linear else 0) + 2 * a.hidden_size
+    embeddings = a.vocab_size * a.hidden_size * (1 if a.share_embeddings_and_output_weights else 2)
+    return a.num_layers * (attention + mlp + bias) + embeddings + a.hidden_size
+
+
+def disk_needed(architecture: Architecture) -> int:
+    """Bytes that a training writes at most at one time: two resumable checkpoints and the final weights."""
+    return (2 * BYTES_A_PARAMETER + 4) * parameters(architecture)

@@ -1,0 +1,73 @@
+"""What ties a training folder to one training: its digest, its threads, and whether it is finished. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from pydantic import Field
+
+from megatron_ext.config import RuntimeConfig, Section, TrainConfig
+from megatron_ext.errors import OutputExistsError
+from megatron_ext.weights.manifest import LATEST, MANIFEST, latest_folder
+
+STATE = "training_state.json"
+SAMPLE = 1 << 20
+
+
+class RunState(Section):
+    """``training_state.json``."""
+
+    digest: str = Field(description="of the configuration, the base checkpoint and the dataset")
+    num_threads: int = Field(description="CPU threads a process; results are bit-equal at one count only")
+    layout: dict[str, int] = Field(description="parallel sizes of the attempt that started last")
+    summary: dict[str, Any] | None = Field(None, description="the result, once training is finished")
+
+
+def training_digest(train: TrainConfig, checkpoint: Path, dataset: Path) -> str:
+    """xxh3-128 of everything that decides the result. Large files count by size and their first MiB."""
+    hasher = xxhash.xxh3_128(json.dumps(train.model_dump(), sort_keys=True).encode())
+    for folder in (checkpoint, latest_folder(checkpoint), dataset):
+        for path in sorted(p for p in folder.iterdir() if p.is_file()):
+            hasher.update(f"{path.name}:{path.stat().st_size};".encode())
+            with path.open("rb") as file:
+                hasher.update(file.read(SAMPLE))
+    return hasher.hexdigest()
+
+
+def open_run(out: Path, digest: str, runtime: RuntimeConfig) -> RunState:
+    """The state of the training in ``out``: the one that is there, or a new one.
+
+    The thread count of the first attempt stays, whatever the configuration or the machine says now.
+
+    Raises:
+        OutputExistsError: ``out`` holds another training, or a checkpoint that is none of ours.
+    """
+    path = out / STATE
+    layout = {
+        "world_size": runtime.nproc_per_node,
+        "tensor_model_parallel_size": runtime.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": runtime.pipeline_model_parallel_size,
+    }
+    if path.exists():
+        found = RunState.model_validate_json(path.read_bytes())
+        if found.digest != digest:
+            raise OutputExistsError(
+                f"out {out} holds a training of another configuration, checkpoint or dataset; "
+                "choose another folder or remove this one"
+            )
+        return found.model_copy(update={"layout": layout})
+    if (out / LATEST).exists() or (out / MANIFEST).exists():
+        raise OutputExistsError(f"out {out} holds a checkpoint that this training did not write; choose another folder")
+    threads = runtime.num_threads or max(1, len(os.sched_getaffinity(0)) // runtime.nproc_per_node)
+    return RunState(digest=digest, num_threads=threads, layout=layout)
+
+
+def write_run(out: Path, state: RunState) -> None:
+    """Keep ``state`` in ``out``, by one rename."""
+    draft = out / f".{STATE}"
+    draft.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, out / STATE)
