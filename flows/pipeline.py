@@ -1,0 +1,42 @@
+"""Makes a Prefect flow of a plain function of stages, and lets its jobs save when the flow is told to stop."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from flows.quiet import quieten
+from tasks.launch.base import STOPPING
+from tasks.stage import recording
+
+
+def as_flow(sentence: Callable[..., Any], name: str) -> Any:
+    """``sentence`` as the Prefect flow ``name``.
+
+    When the flow is cancelled or gets SIGTERM or Ctrl-C, its jobs are told to save; the flow ends after them. When a
+    stage fails, those beside it are finished first, so that a retry does not repeat them.
+    """
+    from prefect import flow
+
+    quieten()
+
+    quieten()
+
+    @functools.wraps(sentence)
+    def body(*args: Any, **kwargs: Any) -> Any:
+        STOPPING.asked.clear()
+        with recording():
+            try:
+                return sentence(*args, **kwargs)
+            except Exception:
+                raise
+            except BaseException:  # Prefect's TerminationSignal, KeyboardInterrupt
+                STOPPING.asked.set()
+                raise
+            finally:
+                STOPPING.wait()
+
+    body.__signature__ = inspect.signature(sentence, eval_str=True)  # type: ignore[attr-defined]
+    return flow(name=name, description=sentence.__doc__)(body)

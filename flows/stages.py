@@ -1,0 +1,57 @@
+"""Each stage as a flow of its own; what it needs from earlier stages is reused, or built on the way."""
+
+from __future__ import annotations
+
+from flows.pipeline import as_flow
+from megatron_ext.config import DataConfig, EvalConfig, ModelConfig, RuntimeConfig, TrainConfig
+from tasks import convert_checkpoint as convert
+from tasks import evaluate_model as evaluation
+from tasks import export_checkpoint as export
+from tasks import pin_sources as pin
+from tasks import tokenize_dataset as tokenization
+from tasks import train_model as training
+from tasks.artifacts import EvalReport, HFModel, IdxmapDataset, McoreCheckpoint, Sources, Training
+
+HERE = RuntimeConfig()
+
+
+def _pin(model: ModelConfig, data: DataConfig | None = None, evaluate: EvalConfig | None = None) -> Sources:
+    """Check and digest sources."""
+    return pin.pin_sources(model, data, evaluate)
+
+
+def _convert(model: ModelConfig, runtime: RuntimeConfig = HERE) -> McoreCheckpoint:
+    """Turn a Hugging Face model into a torch_dist checkpoint."""
+    return convert.convert_checkpoint(model, pin.pin_sources(model), runtime=runtime)
+
+
+def _tokenize(model: ModelConfig, data: DataConfig, runtime: RuntimeConfig = HERE) -> IdxmapDataset:
+    """Turn conversations into token ids and loss masks."""
+    return tokenization.tokenize_dataset(data, pin.pin_sources(model, data), runtime=runtime)
+
+
+def _train(model: ModelConfig, data: DataConfig, train: TrainConfig, runtime: RuntimeConfig = HERE) -> Training:
+    """Fine-tune a model."""
+    sources = pin.pin_sources(model, data)
+    base = convert.convert_checkpoint.submit(model, sources, runtime=runtime)
+    tokens = tokenization.tokenize_dataset.submit(data, sources, runtime=runtime)
+    return training.train_model(train, base, tokens, runtime=runtime)
+
+
+def _export(model: ModelConfig, data: DataConfig, train: TrainConfig, runtime: RuntimeConfig = HERE) -> HFModel:
+    """Fine-tune a model, and export it to a Hugging Face folder."""
+    trained = _train(model, data, train, runtime)
+    return export.export_checkpoint(model, trained, pin.pin_sources(model, data), runtime=runtime)
+
+
+def _evaluate(model: ModelConfig, evaluate: EvalConfig, runtime: RuntimeConfig = HERE) -> EvalReport:
+    """Score a Hugging Face model as it is."""
+    return evaluation.evaluate_base(evaluate, pin.pin_sources(model, None, evaluate), runtime=runtime)
+
+
+pin_sources = as_flow(_pin, "pin-sources")
+convert_checkpoint = as_flow(_convert, "convert-checkpoint")
+tokenize_dataset = as_flow(_tokenize, "tokenize-dataset")
+train_model = as_flow(_train, "train-model")
+export_checkpoint = as_flow(_export, "export-checkpoint")
+evaluate_model = as_flow(_evaluate, "evaluate-model")

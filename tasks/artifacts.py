@@ -1,0 +1,134 @@
+"""Typed pointers to artifacts: kind and fingerprint, never a path. This is what stages hand on and Prefect records.
+
+A pointer looks its artifact up when it is made, so a record of an artifact that is gone or damaged does not load,
+and Prefect then runs the stage again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from tasks.build import Input
+from tasks.store import Manifest, Store
+
+
+class Artifact(BaseModel):
+    """Base of all pointers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str]
+    fingerprint: str
+
+    @model_validator(mode="after")
+    def _is_in_the_store(self) -> Self:
+        if Store.current().look_up(self.kind, self.fingerprint) is None:
+            raise ValueError(f"{self.kind}/{self.fingerprint} is not in {Store.current().root}, or is damaged")
+        return self
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """The pointer to an artifact whose manifest was just read and checked."""
+        return cls.model_construct(fingerprint=manifest.fingerprint, **manifest.pointer)
+
+    @property
+    def folder(self) -> Path:
+        """Where the artifact lies in the current store."""
+        return Store.current().folder(self.kind, self.fingerprint)
+
+    @property
+    def whole(self) -> Input:
+        """The artifact as another stage's input."""
+        return Input(self.fingerprint, lambda: str(self.folder), f"{self.kind}/{self.fingerprint}")
+
+
+class Sources(Artifact):
+    """The pinned model, data files and benchmark tasks; each later stage depends on the part it reads."""
+
+    kind: ClassVar[str] = "sources"
+    model_digest: str
+    tokenizer_digest: str
+    data_digests: tuple[str, ...] = ()
+    tasks_digest: str | None = None
+
+    @property
+    def model(self) -> Input:
+        """The Hugging Face folder: config, weights, tokenizer."""
+        return Input(self.model_digest, lambda: str(self.folder / "model"), "model.path")
+
+    @property
+    def tokenizer(self) -> Input:
+        """The same folder for a stage that reads only the tokenizer in it."""
+        return Input(self.tokenizer_digest, lambda: str(self.folder / "model"), "the tokenizer in model.path")
+
+    @property
+    def data(self) -> Input:
+        """The data files, in the recipe's order."""
+
+        def files() -> list[str]:
+            folders = sorted((self.folder / "data").iterdir(), key=lambda p: int(p.name))
+            return [str(file) for folder in folders for file in folder.iterdir()]
+
+        return Input(list(self.data_digests), files, "data.files")
+
+    @property
+    def tasks(self) -> Input | None:
+        """Folder of local benchmark tasks, if the recipe names one."""
+        if self.tasks_digest is None:
+            return None
+        return Input(self.tasks_digest, lambda: str(self.folder / "tasks"), "evaluate.include_path")
+
+
+class Demo(Artifact):
+    """A generated model, data set and benchmark."""
+
+    kind: ClassVar[str] = "demos"
+
+
+class McoreCheckpoint(Artifact):
+    """A torch_dist checkpoint made from a Hugging Face model."""
+
+    kind: ClassVar[str] = "checkpoints"
+
+
+class IdxmapDataset(Artifact):
+    """Token ids and loss masks as idxmaps."""
+
+    kind: ClassVar[str] = "datasets"
+
+
+class Training(Artifact):
+    """A trained checkpoint with its metrics and TensorBoard files."""
+
+    kind: ClassVar[str] = "trainings"
+
+
+class HFModel(Artifact):
+    """An exported Hugging Face folder."""
+
+    kind: ClassVar[str] = "models"
+
+
+class EvalReport(Artifact):
+    """Scores of one model: ``results.json`` and ``samples.jsonl``."""
+
+    kind: ClassVar[str] = "evaluations"
+
+    @property
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Task -> metric -> value."""
+        return json.loads((self.folder / "results.json").read_text(encoding="utf-8"))["tasks"]
+
+
+class Report(Artifact):
+    """One self-contained HTML file."""
+
+    kind: ClassVar[str] = "reports"
+
+    @property
+    def path(self) -> Path:
+        """The HTML file."""
+        return next(iter(sorted(self.folder.glob("*.html"))))

@@ -1,0 +1,47 @@
+"""What can be said about a recipe before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ext.config import DataConfig, EvalConfig, ModelConfig, RuntimeConfig, TrainConfig
+from megatron_ext.data.chat_templates import chat_template_identity
+from megatron_ext.families import find_family
+from megatron_ext.families.base import Architecture
+from megatron_ext.families.hf_config import read_architecture
+from megatron_ext.hf_folder import read_config
+from megatron_ext.training.plan import check_layout
+from tasks.sources import Files, data_source, model_source, source_digests, tasks_source
+
+
+def check_recipe(
+    model: ModelConfig,
+    data: DataConfig | None = None,
+    train: TrainConfig | None = None,
+    evaluate: EvalConfig | None = None,
+    runtime: RuntimeConfig | None = None,
+    *,
+    download: bool = True,
+) -> None:
+    """Refuse a recipe whose sources, template or sizes do not fit, before the first stage.
+
+    Raises:
+        UserError: names the key, the value and the remedy.
+    """
+    digests = source_digests()
+    source = model_source(model, digests, download=download)
+    folder = source.places["config.json"].parent if isinstance(source, Files) else None
+    if data:
+        data_source(data, digests)
+        if data.chat_template or folder:
+            chat_template_identity(data.chat_template, folder or Path())
+    if evaluate:
+        tasks_source(evaluate, digests)
+    if train and folder:
+        check_layout(architecture_of(folder), train, runtime or RuntimeConfig())
+
+
+def architecture_of(folder: Path) -> Architecture:
+    """The shape of the model in a Hugging Face folder."""
+    config = read_config(folder)
+    return read_architecture(find_family(str(config.get("model_type"))), config)

@@ -1,0 +1,82 @@
+"""How long and how large a planned run would be: steps to train, bytes to write. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_ext.config import TrainConfig
+from megatron_ext.families.base import Architecture
+from megatron_ext.training.plan import disk_needed as training_disk
+from megatron_ext.training.plan import parameters, planned_iterations
+from tasks.artifacts import IdxmapDataset
+from tasks.checks import architecture_of
+from tasks.stage import Planned
+from tasks.store import Store
+
+LATEST = "latest_checkpointed_iteration.txt"
+BYTES_OF = {"bf16": 2, "fp16": 2, "fp32": 4, None: 4}
+
+
+@dataclass(frozen=True)
+class StepsToRun:
+    """Optimizer steps: from where, to where; the end is unknown until the data is tokenized."""
+
+    first: int
+    last: int | None
+
+    def as_json(self) -> dict[str, int | None]:
+        return asdict(self)
+
+    def sentence(self) -> str:
+        """For a person."""
+        if self.last is None:
+            return "steps are known when the data is tokenized"
+        resumed = f" (goes on from step {self.first} of {self.last})" if self.first else ""
+        return f"{self.last - self.first} steps to run{resumed}"
+
+
+def resume_step(planned: Planned) -> int | None:
+    """The step from which an interrupted training would go on; None when it would start at the beginning."""
+    partial = Store.current().partial(planned.spec.makes.kind, planned.fingerprint)
+    try:
+        return int((partial / LATEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def steps_to_run(plan: Sequence[Planned]) -> StepsToRun | None:
+    """The steps of the plan's training; None when there is none to run."""
+    training = next((p for p in plan if p.stage == "train-model" and p.manifest is None), None)
+    if training is None:
+        return None
+    train = training.build.identity["train"]
+    assert isinstance(train, TrainConfig)
+    dataset = next((p for p in plan if isinstance(p.pointer, IdxmapDataset) and p.manifest), None)
+    last = train.train_iters or (planned_iterations(train, dataset.pointer.folder) if dataset else None)
+    return StepsToRun(resume_step(training) or 0, last)
+
+
+def disk_needed(plan: Sequence[Planned]) -> int | None:
+    """Bytes that the stages to be built will write, roughly; None when the model is not there to be looked at."""
+    to_build = {p.stage: p for p in plan if p.manifest is None}
+    if not to_build:
+        return 0
+    architecture = next((a for p in plan if (a := _architecture(p)) is not None), None)
+    if architecture is None:
+        return None
+    weights = parameters(architecture)
+    converting = next((p for p in plan if p.stage == "convert-checkpoint"), None)
+    size = weights * BYTES_OF[converting.build.config["dtype"] if converting else None]
+    sizes = {"convert-checkpoint": size, "train-model": training_disk(architecture), "export-checkpoint": size}
+    return sum(needed for stage, needed in sizes.items() if stage in to_build) + 50_000_000
+
+
+def _architecture(planned: Planned) -> Architecture | None:
+    for given in planned.build.inputs.values():
+        if given is not None and given.name == "model.path":
+            folder = Path(given.locate())
+            if (folder / "config.json").exists():
+                return architecture_of(folder)
+    return None
