@@ -22,13 +22,16 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, ParallelismError
 from megatron_ext.folders import fsync_tree, replace_folder
 from megatron_ext.weights.manifest import LATEST, iteration_folder, latest_folder, read_latest, write_latest
 
-OPTIMIZER = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+LARGE = 1_000_000_000
+"""Parameters of a model whose optimizer state is saved as it is sharded, without gathering it: it then resumes under
+another number of data-parallel ranks, but not under other tensor- and pipeline-parallel sizes."""
 
 
 @dataclass
@@ -38,16 +41,17 @@ class TrainingState:
     model: Any  # the bare GPTModel
     optimizer: Any
     scheduler: Any
+    parameters: int  # of the whole model
     step: int = 0
 
-
-def layout() -> dict[str, int]:
-    """Parallel sizes of this run; random states fit only the layout that wrote them."""
-    return {
-        "world_size": dist.get_world_size(),
-        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-    }
+    def layout(self) -> dict[str, Any]:
+        """How the state is spread over ranks. Random states fit only the layout that wrote them."""
+        return {
+            "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "use_distributed_optimizer": isinstance(_first(self.optimizer), DistributedOptimizer),
+            "world_size": dist.get_world_size(),
+        }
 
 
 def load_weights(model: Any, checkpoint: Path) -> None:
@@ -67,28 +71,36 @@ def load_weights(model: Any, checkpoint: Path) -> None:
 def save_state(out: Path, state: TrainingState) -> None:
     """Write the full state as ``iter_NNNNNNN`` in ``out``, point to it, and remove the one before it."""
     weights = state.model.sharded_state_dict(metadata=_sharding())
+    optimizer_format = "dp_reshardable" if state.parameters >= LARGE else "fully_reshardable"
     content = {
         "model": weights,
-        "optimizer": state.optimizer.sharded_state_dict(weights, metadata={**_sharding(), **OPTIMIZER}),
+        "optimizer": state.optimizer.sharded_state_dict(weights, metadata=_sharding(optimizer_format)),
+        "optimizer_format": optimizer_format,
         "random": _random_states(),
         "scheduler": state.scheduler.state_dict(),
         "step": state.step,
-        "layout": layout(),
+        "layout": state.layout(),
     }
     _publish(out, state.step, content)
 
 
 def resume(out: Path, state: TrainingState) -> bool:
-    """Continue from the newest full state in ``out``, if there is one."""
+    """Continue from the newest full state in ``out``, if there is one.
+
+    Raises:
+        ParallelismError: the state cannot be read under this layout; says which sizes it needs.
+    """
     if not (out / LATEST).exists():
         return False
     folder = latest_folder(out)
-    same_layout = dist_checkpointing.load_common_state_dict(str(folder))["layout"] == layout()
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    _check_resumable(folder, common, state.layout())
+    same_layout = common["layout"] == state.layout()
     weights = state.model.sharded_state_dict(metadata=_sharding())
     wanted = {
         "model": weights,
         "optimizer": state.optimizer.sharded_state_dict(
-            weights, is_loading=True, metadata={**_sharding(), **OPTIMIZER}
+            weights, is_loading=True, metadata=_sharding(common["optimizer_format"])
         ),
     }
     if same_layout:
@@ -170,8 +182,26 @@ def _strategy() -> Any:
     return FullyParallelSaveStrategyWrapper(strategy, group, True) if group.size() > 1 else strategy
 
 
-def _sharding() -> dict[str, Any]:
-    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+def _check_resumable(folder: Path, common: dict[str, Any], layout: dict[str, Any]) -> None:
+    fixed = ["use_distributed_optimizer"]
+    if common["optimizer_format"] == "dp_reshardable":
+        fixed += ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+    for name in fixed:
+        if common["layout"][name] != layout[name]:
+            raise ParallelismError(
+                f"{folder} was written with runtime.{name} {common['layout'][name]} and cannot be resumed with "
+                f"{layout[name]}; set it back, or train in another folder"
+            )
+
+
+def _first(optimizer: Any) -> Any:
+    return getattr(optimizer, "chained_optimizers", [optimizer])[0]
+
+
+def _sharding(optimizer_format: str | None = None) -> dict[str, Any]:
+    """What ``sharded_state_dict`` must know."""
+    known = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {**known, "distrib_optim_sharding_type": optimizer_format} if optimizer_format else known
 
 
 def _types(folder: Path) -> dict[str, torch.dtype]:

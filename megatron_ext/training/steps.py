@@ -17,6 +17,7 @@ from megatron_ext.training.checkpoints import TrainingState, load_weights
 from megatron_ext.training.losses import forward_step
 from megatron_ext.training.optimizer import adamw, data_parallel
 from megatron_ext.training.parallel import row_multiple
+from megatron_ext.training.plan import parameters
 from megatron_ext.training.schedule import learning_rate, scheduler
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Trainer:
         self.model = data_parallel(bare, train, runtime)
         self.model.train()
         optimizer = adamw(self.model, train, runtime)
-        self.state = TrainingState(bare, optimizer, scheduler(optimizer, train, setup.plan.iterations))
+        size = parameters(setup.manifest.architecture)
+        self.state = TrainingState(bare, optimizer, scheduler(optimizer, train, setup.plan.iterations), size)
         self.batches = Batches(
             setup.plan,
             setup.dataset,

@@ -1,0 +1,116 @@
+"""A training that is killed or stopped goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training import column, events, run, start, write_checkpoint, write_dataset, write_job
+
+from megatron_ext.folders import digest_file
+from megatron_ext.weights.manifest import latest_folder, read_latest
+
+TRAIN = {"train_iters": 9, "hidden_dropout": 0.1}
+RUNTIME = {"save_interval": 3}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, 60 samples, and the uninterrupted training."""
+    folder = tmp_path_factory.mktemp("resume")
+    checkpoint = write_checkpoint(folder / "base")
+    write_dataset(folder / "data", checkpoint, np.random.default_rng(1).integers(5, 60, 60).tolist())
+    run(job(folder, "whole"))
+    return folder
+
+
+def job(base: Path, name: str, **runtime: object) -> Path:
+    return write_job(base / name, base / "base" / "checkpoint", base / "data", TRAIN, RUNTIME | runtime)
+
+
+def kill_when(worker: subprocess.Popen, seen: Callable[[], object], number: int, pids: list[int] | None = None) -> int:
+    """Send signal ``number`` as soon as ``seen()``; the worker's exit code."""
+    deadline = time.monotonic() + 120
+    while not seen():
+        assert worker.poll() is None, "the worker ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    for pid in pids if pids is not None else [worker.pid]:
+        os.kill(pid, number)
+    return worker.wait(timeout=60)
+
+
+def step_done(job: Path, step: int) -> Callable[[], bool]:
+    return lambda: any(e["event"] == "metrics" and e["step"] >= step for e in events(job))
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Of everything in the newest checkpoint but ``.metadata``, which holds a random id."""
+    return {path.name: digest_file(path) for path in latest_folder(out).iterdir() if path.name != ".metadata"}
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    for name in ("step", "loss", "grad_norm", "lr", "sample_ids"):
+        assert column(other, name) == column(one, name), name
+    assert digests(other) == digests(one)
+    assert [p.name for p in other.glob("iter_*")] == ["iter_0000009"], "older checkpoints are removed"
+
+
+def test_training_killed_between_checkpoints_ends_bit_for_bit_as_uninterrupted(base: Path) -> None:
+    killed = job(base, "killed")
+    assert kill_when(start(killed), step_done(killed, 5), signal.SIGKILL) == -signal.SIGKILL
+    assert read_latest(base / "killed") in (3, 6)
+    resumed = run(job(base, "killed", num_threads=2))
+    assert [e["num_threads"] for e in resumed if e["event"] == "ranks"] == [1, 1], "the first thread count stays"
+    assert any(e["event"] == "note" and "resumed after step" in e["text"] for e in resumed)
+    assert_equal(base / "whole", base / "killed")
+
+
+def test_training_killed_while_it_saves_keeps_the_checkpoint_before(base: Path) -> None:
+    killed, out = job(base, "saving"), base / "saving"
+    kill_when(start(killed), lambda: list(out.glob(".iter_0000006.partial/*")), signal.SIGKILL)
+    assert (latest_folder(out) / "metadata.json").exists(), "the pointer names a whole checkpoint"
+    run(killed)
+    assert not list(out.glob(".iter_*"))
+    assert_equal(base / "whole", out)
+
+
+@pytest.mark.distributed
+def test_sigterm_to_one_rank_saves_on_all_and_another_layout_goes_on(base: Path) -> None:
+    asked, out = job(base, "asked", nproc_per_node=2), base / "asked"
+    worker = start(asked)
+    deadline = time.monotonic() + 120
+    while not (ranks := [e for e in events(asked) if e["event"] == "ranks"]):
+        assert worker.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert kill_when(worker, step_done(asked, 1), signal.SIGTERM, ranks[0]["pids"][1:]) == 0
+    (stopped,) = [e["step"] for e in events(asked) if e["event"] == "interrupted"]
+    assert read_latest(out) == stopped < 9
+    assert not any(e["event"] == "result" for e in events(asked))
+    shutil.copytree(out, base / "asked-copy")
+    run(job(base, "asked-copy"))
+    assert column(base / "asked-copy", "step") == list(range(1, 10))
+    assert read_latest(base / "asked-copy") == 9
+
+
+def test_a_finished_training_answers_with_its_result_and_trains_no_more(base: Path) -> None:
+    before = digests(base / "whole")
+    again = run(job(base, "whole"))
+    first, second = [e for e in again if e["event"] == "result"]
+    assert {k: v for k, v in first.items() if k != "time"} == {k: v for k, v in second.items() if k != "time"}
+    assert digests(base / "whole") == before
+
+
+def test_another_configuration_is_refused_in_the_same_folder(base: Path) -> None:
+    changed = write_job(base / "whole", base / "base" / "checkpoint", base / "data", TRAIN | {"lr": 2e-3}, RUNTIME)
+    (error,) = [e for e in run(changed, expect=2) if e["event"] == "error"]
+    assert error["type"] == "OutputExistsError"
+    assert str(base / "whole") in error["message"]
