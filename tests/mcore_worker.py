@@ -1,8 +1,8 @@
 """megatron-core on a CPU in processes of its own (the platform redirects torch.cuda): ``mcore_worker.py JOB.json``.
 
 The job is a list of steps {"checkpoint", "tp", "pp", "tokens"?: file, "logits"?: file, "save"?: folder}: load the
-checkpoint with megatron.core.dist_checkpointing into the model that training builds, then answer with the logits of
-the tokens (B, T) -> (B, T, V), or save it again at the step's layout.
+checkpoint into the model that training builds, then answer with the logits of the tokens (B, T) -> (B, T, V), or save
+its weights into an empty folder.
 """
 
 import json
@@ -55,31 +55,28 @@ def main() -> None:
 
 def run_step(step: dict, platform) -> None:
     import torch
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
 
     from megatron_ext.config import RuntimeConfig, TrainConfig
     from megatron_ext.model.provider import build_model
-    from megatron_ext.training.checkpoints import load_weights, sharding
-    from megatron_ext.weights.manifest import latest_folder, read_manifest
+    from megatron_ext.training.checkpoints import load_weights
+    from megatron_ext.weights.manifest import read_manifest
 
     checkpoint = Path(step["checkpoint"])
-    train = TrainConfig(
-        seq_length=64, global_batch_size=1, train_iters=1, lr=1.0, precision=step.get("precision", "fp32")
-    )
+    train = TrainConfig(seq_length=64, global_batch_size=1, train_iters=1, lr=1.0, precision="fp32")
     runtime = RuntimeConfig(
         tensor_model_parallel_size=step["tp"], pipeline_model_parallel_size=step["pp"], platform="cpu"
     )
     model = build_model(read_manifest(checkpoint).architecture, train, runtime, platform).eval()
-    load_weights(model, latest_folder(checkpoint))
+    load_weights(model, checkpoint)
     if "logits" in step:
         tokens = torch.load(step["tokens"])
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         with torch.no_grad():
             torch.save(model(tokens, positions, None), step["logits"])
     if "save" in step:
-        folder = Path(step["save"])
-        folder.mkdir(parents=True, exist_ok=True)
-        dist_checkpointing.save(model.sharded_state_dict(metadata=sharding()), str(folder))
+        groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        dist_checkpointing.save(model.sharded_state_dict(metadata=groups), step["save"])
 
 
 if __name__ == "__main__":

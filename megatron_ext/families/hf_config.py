@@ -16,6 +16,7 @@ ROPE_SCALINGS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 """Rope type -> the parameters that it needs."""
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 HANDLED = {
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
     "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "hidden_act", "rope_parameters", "rope_theta",
@@ -77,7 +78,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Rotary base, and the scaling parameters if the rope type is not default.
 
     Raises:
-        UnsupportedModelError: a rope type that is not in ROPE_SCALINGS, or rotary positions on a part of the head.
+        UnsupportedModelError: a rope type or parameter not in ROPE_SCALINGS, or rotary positions on a part of the head.
     """
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -85,10 +86,12 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     base = _number({"rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0))}, "rope_theta")
     if part != 1.0:
         raise UnsupportedModelError(f"config.json: partial_rotary_factor {part} is not supported; Available: 1.0")
+    if kind not in ("default", *ROPE_SCALINGS):
+        raise UnsupportedModelError(unknown("rope_type", kind, ["default", *ROPE_SCALINGS], "in config.json"))
+    if unread := sorted(key for key in set(rope) - ROPE_KEYS - {*ROPE_SCALINGS.get(kind, ())} if rope[key] is not None):
+        raise UnsupportedModelError(f"config.json: rope parameter {unread[0]!r} of rope_type {kind!r} is not supported")
     if kind == "default":
         return base, None
-    if kind not in ROPE_SCALINGS:
-        raise UnsupportedModelError(unknown("rope_type", kind, ["default", *ROPE_SCALINGS], "in config.json"))
     return base, {"rope_type": kind, **{name: _number(rope, name) for name in ROPE_SCALINGS[kind]}}
 
 

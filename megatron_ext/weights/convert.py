@@ -43,7 +43,7 @@ def run(job: Any, events: Events) -> dict[str, Any]:
 
 
 def convert(model: Path, out: Path, *, dtype: str | None, events: Events) -> dict[str, Any]:
-    """Write the checkpoint folder of the Hugging Face model in ``model`` into the existing folder ``out``.
+    """Write the checkpoint folder of the Hugging Face model in ``model`` into the folder ``out``, cleared first.
 
     ``dtype`` is bf16, fp16, fp32, or None: then each tensor keeps its own. Everything that can be checked is checked
     before the first byte is written; on an error ``out`` is left empty.

@@ -47,7 +47,7 @@ def export(
     events: Events,
     max_shard_size: int = 5_000_000_000,
 ) -> dict[str, Any]:
-    """Write ``checkpoint`` as a Hugging Face folder into the existing folder ``out``.
+    """Write ``checkpoint`` as a Hugging Face folder into the folder ``out``, cleared first.
 
     ``model`` is the Hugging Face folder that the checkpoint descends from: its config.json, generation config and
     tokenizer files are copied byte for byte; if the type of the weights changed, exactly that key of config.json does.

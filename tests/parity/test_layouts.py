@@ -33,9 +33,8 @@ def checkpoints(tmp_path_factory):
         convert(model, converted, dtype=None, events=Events())
         for layout, (tp, pp) in LAYOUTS.items():
             folder = tmp / case / layout
-            folder.mkdir()
-            manifest = read_manifest(converted)
-            write_manifest(folder, manifest.model_copy(update={"iteration": 7}))
+            (folder / "iter_0000007").mkdir(parents=True)
+            write_manifest(folder, read_manifest(converted).model_copy(update={"iteration": 7}))
             write_latest(folder, 7)
             steps.append({"checkpoint": str(converted), "tp": tp, "pp": pp, "save": str(folder / "iter_0000007")})
     run_worker(steps, tmp, processes=2)

@@ -233,6 +233,7 @@ def test_quantized_type_is_named(model, out):
         ({"attention_bias": True}, ["attention_bias True", "mlp_bias False"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["rope_type 'yarn'", "llama3"]),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_parameters": None}, ["rope_type 'dynamic'"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, ["full_attention"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification", "LlamaForCausalLM"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),

@@ -13,6 +13,7 @@ from megatron_ext.errors import CheckpointError, UnsupportedModelError, Vocabula
 from megatron_ext.events import Events
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
+from megatron_ext.weights.hf import SafetensorsWriter, TensorInfo
 from megatron_ext.weights.manifest import read_manifest, write_manifest
 
 
@@ -144,6 +145,33 @@ def test_damaged_metadata_is_named(name, place):
     path = place / "checkpoint" / "release" / name
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     refused(place, CheckpointError, name)
+
+
+def test_embedding_with_fewer_rows_than_the_vocabulary_is_refused(place):
+    manifest = read_manifest(place / "checkpoint")
+    larger = manifest.architecture.model_copy(update={"vocab_size": 600})
+    write_manifest(place / "checkpoint", manifest.model_copy(update={"architecture": larger}))
+    change_config(place, vocab_size=600)
+    refused(place, CheckpointError, "embedding.word_embeddings.weight", "[512, 64]", "[600, 64]")
+
+
+def test_tensors_of_odd_sizes_and_several_types_are_written_where_readers_expect_them(tmp_path):
+    types = [torch.bfloat16, torch.float32, torch.float16, torch.float32]
+    tensors = {f"t{i}": torch.arange(3 + 2 * i).to(kind) for i, kind in enumerate(types)}
+    announced = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    writer = SafetensorsWriter(tmp_path, announced, max_shard_size=1000)
+    for name in reversed(tensors):
+        writer.write(name, tensors[name])
+    writer.close()
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_a_weight_that_was_announced_and_never_came_is_a_crash_not_a_hole(tmp_path):
+    writer = SafetensorsWriter(tmp_path, {"a": TensorInfo(torch.float32, (2,))}, max_shard_size=1000)
+    with pytest.raises(ValueError, match="a"):
+        writer.close()
 
 
 def test_shape_that_contradicts_the_manifest_is_named(place):
