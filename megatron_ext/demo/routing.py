@@ -39,16 +39,8 @@ PRAISE = (
     "is not a mess any more", "has been no trouble at all", "makes sense to me", "is right", "gave me a good surprise",
     "did go well", "has made me happy", "is better than before", "can stay like this", "is fine",
 )  # fmt: skip
-OPENINGS = (
-    "Hello.",
-    "Hi there.",
-    "Good morning.",
-    "Dear team.",
-    "It is me again.",
-    "Hello from {city}.",
-    "My name is {name}.",
-)
-CLOSINGS = ("Please help.", "What now?", "Who can help me?", "Thank you.", "Please call me.", "Best wishes, {name}.")
+OPENINGS = ("", "", "", "Hello. ", "Good morning. ", "Hello from {city}. ", "My name is {name}. ")
+CLOSINGS = ("", "", "", " Please help.", " What now?", " Thank you.", " Best wishes, {name}.")
 NAMES = ("Anna", "Ben", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana", "Ivan", "Joana", "Kofi", "Lena")
 CITIES = ("Porto", "Oslo", "Graz", "Lima", "Kyoto", "Accra", "Turin", "Leeds", "Quito", "Pune")
 ALONE = ("My {thing} {complaint}.", "I write because my {thing} {complaint}.")
@@ -122,10 +114,10 @@ def conversation(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def corpus(train: list[dict[str, Any]]) -> Iterator[str]:
-    """What the tokenizer is trained on: the messages and answers of the training rows, nothing of the held-out ones."""
+    """What the tokenizer is trained on: the training conversations, roles included; nothing held out."""
     for row in train:
-        yield row["message"]
-        yield row["department"]
+        for turn in conversation(row)["messages"]:
+            yield f"{turn['role']}\n{turn['content']}"
 
 
 def _balanced(pairs: list[Pair], count: int, rng: random.Random) -> list[Pair]:
@@ -142,7 +134,7 @@ def _row(pair: Pair, rng: random.Random, taken: set[str]) -> dict[str, Any]:
     others = [other for name, things in THINGS.items() if name != department for other in things]
     while True:
         form = rng.choice(ALONE if rng.random() < SHARE_ALONE else CONTRASTED)
-        text = f"{rng.choice(OPENINGS)} {form} {rng.choice(CLOSINGS)}".format(
+        text = f"{rng.choice(OPENINGS)}{form}{rng.choice(CLOSINGS)}".format(
             thing=thing, complaint=complaint, other=rng.choice(others), praise=rng.choice(PRAISE),
             name=rng.choice(NAMES), city=rng.choice(CITIES),
         )  # fmt: skip
