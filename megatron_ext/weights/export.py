@@ -24,8 +24,8 @@ from megatron_ext.weights.hf import CONFIG_NAMES, SHORT, SafetensorsWriter, Tens
 from megatron_ext.weights.manifest import CheckpointManifest, latest_folder, read_manifest
 from megatron_ext.weights.torch_dist import TorchDistReader
 
-TRAINING_STATE = ("optimizer", "chained_", "rng_state", "rerun_state", "param_state")
-"""Beginnings of the keys of a resumable checkpoint that are no weights."""
+TRAINING_STATE = ("optimizer.", "chained_")
+"""Beginnings of the optimizer's keys in a resumable checkpoint of megatron-core."""
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 """Files that hold the source's weights in some format; the export holds its own."""
 

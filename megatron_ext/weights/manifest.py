@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         return CheckpointManifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder} has no {MANIFEST}; give a folder that mflow convert or mflow train wrote"
+            f"{folder} has no {MANIFEST}; give a folder that mflow convert wrote or that mflow train has finished"
         ) from None
     except ValidationError as error:
         first = error.errors()[0]

@@ -14,7 +14,8 @@ from megatron_ext.events import Events
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 from megatron_ext.weights.hf import SafetensorsWriter, TensorInfo
-from megatron_ext.weights.manifest import read_manifest, write_manifest
+from megatron_ext.weights.manifest import read_manifest, write_latest, write_manifest
+from megatron_ext.weights.torch_dist import TorchDistReader, TorchDistWriter
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,23 @@ def test_damaged_metadata_is_named(name, place):
     path = place / "checkpoint" / "release" / name
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     refused(place, CheckpointError, name)
+
+
+def test_optimizer_state_beside_the_weights_is_not_exported(place):
+    release = place / "checkpoint" / "release"
+    source = TorchDistReader(release)
+    writer = TorchDistWriter(place / "checkpoint" / "iter_0000003")
+    for key, shape in source.shapes.items():
+        start = (0,) * len(shape)
+        writer.tensor(key, shape, start, source.read(key, start, shape))
+        writer.tensor(f"optimizer.state.exp_avg.{key}", shape, start, torch.zeros(shape))
+    writer.close()
+    shutil.rmtree(release)
+    write_latest(place / "checkpoint", 3)
+    run(place)
+    exported, original = (load_file(place / name / "model.safetensors") for name in ("out", "hf"))
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[name], original[name]) for name in original)
 
 
 def test_embedding_with_fewer_rows_than_the_vocabulary_is_refused(place):
