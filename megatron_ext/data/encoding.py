@@ -113,10 +113,14 @@ def token_span(encoding: Encoding, span: Span) -> tuple[int, int]:
     A character may be in no token (a normalizer dropped it) or in several (bytes of one character).
     """
     start, end = span
-    first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
-    final = next((t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None), None)
-    if first is None or final is None:
+    first = encoding.char_to_token(start)
+    while first is None and (start := start + 1) < end:
+        first = encoding.char_to_token(start)
+    if first is None:
         return 0, 0
+    at = end - 1
+    while (final := encoding.char_to_token(at)) is None:
+        at -= 1
     last = final + 1
     while last < len(encoding) and (chars := encoding.token_to_chars(last)) is not None and chars[0] < end:
         last += 1

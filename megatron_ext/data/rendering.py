@@ -73,7 +73,6 @@ class ChatTemplate:
 
     def __init__(self, source: TemplateSource, tokens: dict[str, str]) -> None:
         self.name = source.name
-        self._tokens = tokens
         now = datetime.now()  # one moment for all documents of a dataset
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -92,6 +91,8 @@ class ChatTemplate:
                 f"chat template {self.name!r} ends turns with eos_token, but the tokenizer names none; "
                 "set eos_token in tokenizer_config.json or choose another template"
             )
+        # ready-made, because Template.generate() would gather the globals anew for every document
+        self._variables = {**self._template.globals, **tokens, "documents": None}
         self.writes_date = "strftime_now" in source.text
         self.marks_generation = bool(GENERATION.search(source.text))
         self._learn()
@@ -163,10 +164,9 @@ class ChatTemplate:
         generation = self._generation
         generation.length, generation.found = 0, []
         blocks = []
+        variables = {**self._variables, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
         try:
-            for block in self._template.generate(
-                **self._tokens, messages=messages, tools=tools, documents=None, add_generation_prompt=prompt
-            ):
+            for block in self._template.root_render_func(self._template.new_context(variables, shared=True)):
                 generation.length += len(block)
                 blocks.append(block)
         except TEMPLATE_FAULTS as error:

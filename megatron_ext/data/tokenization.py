@@ -110,13 +110,13 @@ def tokenize(
     encoder = load_tokenizer(tokenizer)
     vocab_size, largest = require_vocabulary(encoder, tokenizer)
     dtype = token_dtype(max(vocab_size, largest + 1))
+    require_space(out, _estimated_bytes(files, dtype) + (tokenizer / names.TOKENIZER).stat().st_size, "the dataset")
     for note in remarks(template, encoder):
         events.note(note)
     checked = [check_file(path, format, template, events) for path in files]
     out.mkdir(parents=True, exist_ok=True)
     for name in OUTPUTS:
         (out / name).unlink(missing_ok=True)
-    require_space(out, _estimated_bytes(files, dtype) + (tokenizer / names.TOKENIZER).stat().st_size, "the dataset")
     try:
         statistics = _write(checked, template, encoder, out, dtype, events)
         shutil.copyfile(tokenizer / names.TOKENIZER, out / names.TOKENIZER)
@@ -277,5 +277,6 @@ def _require_sensible_mask(manifest: DatasetManifest, template: str) -> None:
 
 def _estimated_bytes(files: list[Path], dtype: np.dtype) -> int:
     """Room the idxmaps will take, rather too much: a token for every two bytes of text; parquet is compressed."""
-    text = sum(file.stat().st_size * (4 if file.suffix.lower() == ".parquet" else 1) for file in files)
+    there = [file for file in files if file.is_file()]
+    text = sum(file.stat().st_size * (4 if file.suffix.lower() == ".parquet" else 1) for file in there)
     return text * (dtype.itemsize + 1) // 2
