@@ -20,6 +20,20 @@ SPACE = re.compile(r"[ \t\r\n]*")
 PARQUET_BATCH = 1024
 
 
+def require_file(path: Path) -> None:
+    """Refuse a path that no reader can read, without opening it.
+
+    Raises:
+        SourceError: missing, a folder, or of an unsupported kind.
+    """
+    if path.is_dir():
+        raise SourceError(f"{path} is a folder; name the files in it ({', '.join(READERS)})")
+    if path.suffix.lower() not in READERS:
+        raise SourceError(f"{path} is of no supported kind; supported: {', '.join(READERS)}")
+    if not path.exists():
+        raise SourceError(f"data file {path} does not exist; check the path")
+
+
 def read_rows(path: Path, columns: Collection[str] = ()) -> Iterator[Row]:
     """Stream the rows of one file.
 
@@ -31,18 +45,12 @@ def read_rows(path: Path, columns: Collection[str] = ()) -> Iterator[Row]:
         SourceError: the file is missing, unreadable, or of an unsupported kind.
         DatasetFormatError: the file is empty or broken; names the place.
     """
-    if path.is_dir():
-        raise SourceError(f"{path} is a folder; name the files in it ({', '.join(READERS)})")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise SourceError(f"{path} is of no supported kind; supported: {', '.join(READERS)}")
+    require_file(path)
     empty = True
     try:
-        for row in reader(path, columns):
+        for row in READERS[path.suffix.lower()](path, columns):
             empty = False
             yield row
-    except FileNotFoundError:
-        raise SourceError(f"data file {path} does not exist; check the path") from None
     except OSError as error:
         raise SourceError(f"cannot read data file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -115,8 +123,6 @@ def _read_parquet(path: Path, columns: Collection[str]) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
-    with path.open("rb"):  # a missing file is reported like any other
-        pass
     try:
         with parquet.ParquetFile(path) as file:
             wanted = [name for name in file.schema_arrow.names if name in columns]

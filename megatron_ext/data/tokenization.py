@@ -26,7 +26,7 @@ from megatron_ext.data.formats import AUTO, FIELDS, SNIFFED_ROWS, Conversation, 
 from megatron_ext.data.idxmap import IdxmapWriter, token_dtype
 from megatron_ext.data.manifest import DatasetManifest, LengthStatistics, SourceFile, TemplateRecord
 from megatron_ext.data.rendering import ChatTemplate, Rendered
-from megatron_ext.data.sources import read_rows
+from megatron_ext.data.sources import read_rows, require_file
 from megatron_ext.errors import ChatTemplateError, DatasetFormatError, DiskSpaceError, SourceError
 from megatron_ext.events import Events
 from megatron_ext.folders import digest_file, require_space
@@ -105,6 +105,8 @@ def tokenize(
     require_format(format)
     if not files:
         raise SourceError("no data files were given; name at least one .json, .jsonl or .parquet file")
+    for path in files:
+        require_file(path)
     source = find_template(chat_template, tokenizer)
     template = ChatTemplate(source, special_tokens(tokenizer))
     encoder = load_tokenizer(tokenizer)

@@ -140,6 +140,13 @@ def test_a_bad_row_is_found_before_anything_is_written(tmp_path, model):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_missing_file_is_found_before_the_first_one_is_read(tmp_path, model):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{")
+    with pytest.raises(SourceError, match=r"gone\.jsonl does not exist"):
+        tokenized([broken, tmp_path / "gone.jsonl"], model, tmp_path / "out")
+
+
 def test_a_row_that_the_template_refuses_is_named(tmp_path, model):
     path = write_jsonl(tmp_path / "a.jsonl", [ROWS[0], {"messages": chat("a", "b", "c", "d")[1:]}])
     with pytest.raises(ChatTemplateError, match=r"a\.jsonl, row 2: .*'llama2' refuses"):
