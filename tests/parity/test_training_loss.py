@@ -1,0 +1,78 @@
+"""The loss means what transformers' loss means, and packing does not change it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training import column, events, records, run, write_checkpoint, write_dataset, write_job
+
+from megatron_ext.config import TrainConfig
+from megatron_ext.data.idxmap import Idxmap
+from megatron_ext.training.plan import make_plan
+
+LENGTHS = [3, 64, 17, 31, 64, 5, 22, 9, 90, 40, 2, 13]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loss")
+    checkpoint = write_checkpoint(folder / "base", "qwen2")
+    write_dataset(folder / "data", checkpoint, LENGTHS)
+    return folder
+
+
+def train_on_all(base: Path, name: str, packing: bool) -> Path:
+    """Three steps, each on every sample of the dataset once."""
+    settings = {"packing": packing, "seq_length": 64, "train_iters": 3, "lr_warmup_iters": 0}
+    plan = make_plan(TrainConfig(**settings, global_batch_size=1, lr=1e-3), base / "data")
+    settings["global_batch_size"] = len(plan.packing)
+    run(write_job(base / name, base / "base" / "checkpoint", base / "data", settings))
+    return base / name
+
+
+def transformers_loss(base: Path) -> float:
+    """Mean loss of the trained tokens of all samples, cut to 64 tokens, each alone, labels masked with -100."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base / "base" / "hf").eval()
+    tokens, mask = Idxmap(base / "data" / "tokens"), Idxmap(base / "data" / "loss_mask")
+    total = count = 0.0
+    for n in range(len(tokens)):
+        ids = torch.from_numpy(tokens[n][:64].astype(np.int64))[None]
+        kept = torch.from_numpy(mask[n][:64].astype(bool))[None]
+        labels = ids.masked_fill(~kept, -100)
+        trained = int(kept[:, 1:].sum())
+        if trained:
+            with torch.no_grad():
+                total += model(ids, labels=labels).loss.item() * trained
+            count += trained
+    return total / count
+
+
+def test_loss_of_masked_labels_equals_transformers_and_packing_changes_nothing(base: Path) -> None:
+    packed, separate = train_on_all(base, "packed", True), train_on_all(base, "separate", False)
+    assert column(packed, "loss")[0] == pytest.approx(transformers_loss(base), abs=1e-5)
+    assert column(packed, "loss") == pytest.approx(column(separate, "loss"), abs=1e-6)
+    assert column(packed, "grad_norm") == pytest.approx(column(separate, "grad_norm"), rel=1e-6)
+    for name in ("tokens", "trained_tokens"):
+        assert column(packed, name) == column(separate, name)
+    assert [sorted(r["sample_ids"]) for r in records(packed)] == [sorted(r["sample_ids"]) for r in records(separate)]
+    assert column(packed, "padding")[0] < 0.2 < 0.5 < column(separate, "padding")[0]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_training_and_names_step_samples_and_checkpoint(base: Path) -> None:
+    settings = {"lr": 1e30, "clip_grad": 0.0, "lr_warmup_iters": 0, "train_iters": 5}
+    job = write_job(
+        base / "diverged", base / "base" / "checkpoint", base / "data", settings, {"save_interval": 1}
+    )  # fmt: skip
+    (error,) = [e for e in run(job, expect=1) if e["event"] == "error"]
+    assert error["type"] == "TrainingDivergedError"
+    assert error["exit_code"] == 1
+    assert "of step 2 is nan" in error["message"] or "of step 2 is inf" in error["message"]
+    assert str(base / "diverged" / "iter_0000001") in error["message"]
+    plan = make_plan(TrainConfig(global_batch_size=4, lr=1e-3, seq_length=64, train_iters=5, seed=7), base / "data")
+    assert ", ".join(map(str, plan.sample_ids(1))) in error["message"]
+    assert not any(e["event"] == "result" for e in events(job))

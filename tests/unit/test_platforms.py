@@ -1,0 +1,42 @@
+"""Which platform a worker takes, and that the CPU's redirect stays in the process that asked for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_ext.errors import PlatformError
+from megatron_ext.platforms.base import select
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_auto_takes_the_cpu_where_there_is_no_accelerator_and_asking_for_one_says_what_is_missing() -> None:
+    assert select("auto").name == select("cpu").name == "cpu"
+    with pytest.raises(PlatformError, match=r"runtime\.platform cuda: torch .* built without CUDA|no CUDA device"):
+        select("cuda")
+    with pytest.raises(PlatformError, match="torch_npu is not installed"):
+        select("npu")
+
+
+def test_unknown_platforms_name_the_nearest() -> None:
+    with pytest.raises(PlatformError, match="did you mean 'cuda'"):
+        select("cudaa")
+
+
+def test_selecting_changes_nothing_and_preparing_redirects() -> None:
+    script = """
+import torch
+from megatron_ext.platforms.base import select
+before = torch.cuda.current_device, torch.zeros, torch.Tensor.to
+cpu = select("cpu")
+assert before == (torch.cuda.current_device, torch.zeros, torch.Tensor.to)
+cpu.prepare(); cpu.prepare()
+assert torch.cuda.current_device() == torch.device("cpu") and not torch.cuda.is_available()
+assert torch.zeros(2, device="cuda:0").cuda().to("cuda").device.type == "cpu"
+assert torch.ones(1).type() == "torch.cuda.FloatTensor" and torch.ones(1).type(torch.int).dtype == torch.int
+torch.manual_seed(3); a = torch.rand(2); torch.cuda.manual_seed(3); assert torch.equal(a, torch.rand(2))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
