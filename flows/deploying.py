@@ -66,14 +66,12 @@ def _deployment(entry: dict[str, Any]) -> str:
 
 
 def _automation(client: Any, entry: dict[str, Any]) -> str:
-    from prefect.events.schemas.automations import Automation
+    from prefect.events.schemas.automations import AutomationCore
 
-    wanted = Automation(**entry)
-    try:
-        found = Automation.read(name=entry["name"])
-    except ValueError:
-        wanted.create()
+    wanted = AutomationCore.model_validate(entry)
+    found = client.read_automations_by_name(wanted.name)
+    if found:
+        client.update_automation(found[0].id, wanted)
     else:
-        wanted.id = found.id
-        wanted.update()
-    return f"automation  {entry['name']}"
+        client.create_automation(wanted)
+    return f"automation  {wanted.name}"
