@@ -100,18 +100,22 @@ def _write_in_this_process() -> None:
     TorchDistSaveShardedStrategy.async_save = save
 
 
-def fill_adam_state(optimizer: Any) -> None:
+def torch_adamw(optimizer: Any) -> list[Any]:
+    """The torch AdamWs inside megatron-core's optimizer: none where Transformer Engine or Apex brings its own Adam."""
+    import torch
+
+    inner = [getattr(one, "optimizer", None) for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [one for one in inner if isinstance(one, torch.optim.AdamW)]
+
+
+def fill_adam_state(adamw: Any) -> None:
     """Give torch's AdamW its zero state before the first step: saving or loading an empty one fails in 0.16.1."""
     import torch
 
-    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = getattr(chained, "optimizer", None)
-        if not isinstance(inner, torch.optim.AdamW):
-            continue
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
-            if not inner.state[parameter]:
-                inner.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    for parameter in (p for group in adamw.param_groups for p in group["params"]):
+        if not adamw.state[parameter]:
+            adamw.state[parameter] = {
+                "step": torch.tensor(0.0, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

@@ -41,5 +41,8 @@ def adamw(model: DistributedDataParallel, train: TrainConfig, runtime: RuntimeCo
         use_distributed_optimizer=runtime.use_distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
-    megatron_fixes.fill_adam_state(optimizer)
+    for inner in megatron_fixes.torch_adamw(optimizer):
+        megatron_fixes.fill_adam_state(inner)
+        for group in inner.param_groups:
+            group.update(fused=True, foreach=False)  # one pass over weights, gradients and moments
     return optimizer
