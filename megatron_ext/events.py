@@ -1,6 +1,7 @@
 """Progress and metrics of a running job as JSON lines, one event a line.
 
-Events: ``progress`` (done, total, unit), ``metrics`` (step and values), ``note`` (text), ``interrupted`` (step),
+Events: ``progress`` (done, total, unit), ``metrics`` (step and values), ``note`` (text), ``ranks`` (pids of a
+training's processes), ``checkpoint`` (step that was saved), ``interrupted`` (step saved before stopping),
 ``error`` (type, message, exit_code), ``result`` (the job's summary). The flow turns them into Prefect artifacts,
 the command line into a bar, the report into plots.
 """
