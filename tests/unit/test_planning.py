@@ -1,0 +1,153 @@
+"""What depends on what: planned in an empty store, without Prefect and without running anything."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.catalog import sections_of
+from flows.explaining import planned_stages
+from flows.full_sft import sentence
+from flows.recipes import load_recipe
+from megatron_ext.errors import ConfigError, SourceError, UnsupportedModelError, UserError
+from tasks.checks import check_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "deployments" / "recipes" / "demo_sft.yaml"
+CONFIG = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 64, "hidden_size": 16,
+    "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model's files, data and a benchmark; the recipe's paths are relative to it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MFLOW_ARTIFACTS", str(tmp_path / "store"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "tokenizer.json").write_text("{}")
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "b.jsonl").write_text("{} \n")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "t.yaml").write_text("task: t\n")
+    return tmp_path
+
+
+def recipe(**changes: Any) -> dict[str, Any]:
+    settings = {"model.path": "model", "data.files": ["a.jsonl"], "evaluate.include_path": "tasks"} | changes
+    return sections_of(load_recipe(DEMO, [f"{key}={json.dumps(value)}" for key, value in settings.items()]))
+
+
+def fingerprints(**changes: Any) -> dict[str, str]:
+    return {p.stage: p.fingerprint for p in planned_stages(sentence, recipe(**changes))}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {stage for stage in before if before[stage] != after[stage]}
+
+
+DOWNSTREAM = {"train-model", "export-checkpoint", "evaluate-tuned", "write-report"}
+
+
+def test_a_learning_rate_changes_training_and_what_follows(place: Path) -> None:
+    assert changed(fingerprints(), fingerprints(**{"train.lr": 7e-4})) == DOWNSTREAM
+
+
+def test_other_data_does_not_convert_or_score_the_base_again(place: Path) -> None:
+    after = fingerprints(**{"data.files": ["b.jsonl"]})
+    assert changed(fingerprints(), after) == DOWNSTREAM | {"pin-sources", "tokenize-dataset"}
+
+
+def test_the_order_of_data_files_is_part_of_the_data(place: Path) -> None:
+    one, two = (fingerprints(**{"data.files": files}) for files in (["a.jsonl", "b.jsonl"], ["b.jsonl", "a.jsonl"]))
+    assert "tokenize-dataset" in changed(one, two)
+
+
+def test_other_weights_do_not_tokenize_again(place: Path) -> None:
+    before = fingerprints()
+    (place / "model" / "model.safetensors").write_bytes(b"other weights")
+    assert "tokenize-dataset" not in changed(before, fingerprints())
+    assert {"convert-checkpoint", "evaluate-base"} <= changed(before, fingerprints())
+
+
+def test_a_moved_copy_is_the_same_source(place: Path) -> None:
+    before = fingerprints()
+    shutil.copytree("model", "elsewhere")
+    shutil.copy("a.jsonl", "other_name.jsonl")
+    (place / "elsewhere" / "README.md").write_text("not a part of the model")
+    assert changed(before, fingerprints(**{"model.path": "elsewhere", "data.files": ["other_name.jsonl"]})) == {
+        "pin-sources"
+    } & changed(before, fingerprints(**{"model.path": "elsewhere", "data.files": ["other_name.jsonl"]}))
+
+
+def test_where_it_runs_changes_nothing(place: Path) -> None:
+    runtime = {"runtime.nproc_per_node": 2, "runtime.micro_batch_size": 1, "runtime.platform": "cpu"}
+    assert changed(fingerprints(), fingerprints(**runtime)) == set()
+
+
+def test_a_benchmark_that_changed_scores_both_again_and_trains_nothing(place: Path) -> None:
+    before = fingerprints()
+    (place / "tasks" / "t.yaml").write_text("task: t\nlimit: 1\n")
+    scored = {"evaluate-base", "evaluate-tuned", "write-report", "pin-sources"}
+    assert changed(before, fingerprints()) == scored
+
+
+def test_without_a_baseline_the_base_is_not_scored(place: Path) -> None:
+    assert "evaluate-base" not in fingerprints(**{"evaluate.baseline": False})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"model.path": "nowhere"}, SourceError, "nowhere"),
+        ({"data.files": ["nothing.jsonl"]}, SourceError, "nothing.jsonl"),
+        ({"data.files": ["tasks"]}, SourceError, "is a folder"),
+        ({"evaluate.include_path": "no_tasks"}, SourceError, "no_tasks"),
+        ({"data.chat_template": "qwen25"}, UserError, "did you mean"),
+        ({"model.path": "demo://rooting"}, ConfigError, "did you mean 'routing'"),
+        ({"model.path": "demo://routing?sed=1"}, ConfigError, "seed"),
+        ({"runtime.tensor_model_parallel_size": 3, "runtime.nproc_per_node": 3}, UserError, "num_attention_heads 4"),
+        ({"runtime.nproc_per_node": 3}, UserError, "global_batch_size"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(place: Path, settings: dict, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        check_recipe(**recipe(**settings))
+    assert not list((place / "store").glob("*/*"))
+
+
+def test_an_unsupported_model_type_is_refused(place: Path) -> None:
+    (place / "model" / "config.json").write_text(json.dumps(CONFIG | {"model_type": "qwen22"}))
+    with pytest.raises(UnsupportedModelError, match="qwen2"):
+        check_recipe(**recipe())
+
+
+def test_a_hub_id_offline_names_the_id_and_the_remedy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SourceError, match=r"Qwen/Nothing.*HF_HUB_OFFLINE.*local Hugging Face folder"):
+        check_recipe(**recipe(**{"model.path": "Qwen/Nothing"}))
+
+
+def test_a_typo_in_a_nested_key_is_refused_with_the_right_one() -> None:
+    with pytest.raises(ConfigError, match=r"train\.lrr.*did you mean 'lr'"):
+        load_recipe(DEMO, ["train.lrr=1"])
+
+
+def test_the_deployment_carries_the_demo_recipe() -> None:
+    import yaml
+
+    deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+    demo = next(d for d in deployments if d["name"] == "full-sft")
+    assert demo["parameters"] == yaml.safe_load(DEMO.read_text())
+    assert [d["name"] for d in deployments if d["entrypoint"] == demo["entrypoint"]] == ["full-sft", "gpu", "ascend"]
+    assert len({d["name"] for d in deployments}) == len(deployments)
