@@ -25,6 +25,7 @@ def sentence(
     runtime: RuntimeConfig = DEFAULT_RUNTIME,
 ) -> Report:
     """Convert, tokenize, train, export, evaluate; what was done before is reused."""
+    evaluate = evaluate.asked_as(data.chat_template)
     sources = pin_sources(model, data, evaluate)
     base = convert_checkpoint.submit(model, sources, runtime=runtime)
     tokens = tokenize_dataset.submit(data, sources, runtime=runtime)

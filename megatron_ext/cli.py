@@ -189,6 +189,7 @@ def evaluate(
     num_fewshot: int | None = None,
     limit: int | None = None,
     apply_chat_template: bool = True,
+    chat_template: Annotated[str | None, typer.Option(help="Named template or Jinja file.")] = None,
     batch_size: int = 16,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json and samples.jsonl.")] = None,
     overwrite: Overwrite = False,
@@ -199,7 +200,11 @@ def evaluate(
     from megatron_ext.evaluation.lm_eval_runner import evaluate as score
 
     config = EvalConfig(
-        tasks=tuple(tasks), num_fewshot=num_fewshot, limit=limit, apply_chat_template=apply_chat_template
+        tasks=tuple(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        chat_template=chat_template,
     )
 
     def scores(folder: Path, into: Path) -> dict[str, Any]:

@@ -34,52 +34,56 @@ class ModelConfig(Section):
     path: str = Field(
         description="Local Hugging Face folder, hub id (needs the network), or demo://NAME, made by the first stage."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit when path is a hub id.")
-    dtype: Dtype | None = Field(None, description="Type of the converted weights; empty keeps each tensor's own.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit when path is a hub id.")
+    dtype: Dtype | None = Field(
+        default=None, description="Type of the converted weights; empty keeps each tensor's own."
+    )
 
 
 class DataConfig(Section):
     """What to train on."""
 
     files: tuple[str, ...] = Field(min_length=1, description="JSON, JSONL or parquet files, or demo://NAME.")
-    format: DatasetFormat = Field("auto", description="Shape of a row; auto decides from the rows.")
+    format: DatasetFormat = Field(default="auto", description="Shape of a row; auto decides from the rows.")
     chat_template: str | None = Field(
-        None, description="Named chat template or a Jinja file; empty takes the model's own."
+        default=None, description="Named chat template or a Jinja file; empty takes the model's own."
     )
 
 
 class TrainConfig(Section):
     """What supervised fine-tuning computes. Exactly one of train_iters, train_epochs and train_tokens is given."""
 
-    seq_length: int = Field(4096, ge=8, description="Tokens in one packed sequence.")
+    seq_length: int = Field(default=4096, ge=8, description="Tokens in one packed sequence.")
     global_batch_size: int = Field(
         ge=1, description="Sequences in one optimizer step: packed sequences when packing, else samples."
     )
-    train_iters: int | None = Field(None, ge=1, description="Optimizer steps.")
-    train_epochs: float | None = Field(None, gt=0, description="Passes over the dataset.")
+    train_iters: int | None = Field(default=None, ge=1, description="Optimizer steps.")
+    train_epochs: float | None = Field(default=None, gt=0, description="Passes over the dataset.")
     train_tokens: int | None = Field(
-        None, ge=1, description="Tokens; steps = tokens // (global_batch_size * seq_length)."
+        default=None, ge=1, description="Tokens; steps = tokens // (global_batch_size * seq_length)."
     )
     lr: float = Field(gt=0, description="Peak learning rate.")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate at the last step.")
-    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = Field("cosine", description="Shape of the decay.")
-    lr_warmup_iters: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
-    lr_wsd_decay_iters: int | None = Field(None, ge=1, description="Steps of the final decay of WSD.")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay (not on biases and norms).")
-    adam_beta1: float = Field(0.9, gt=0, lt=1)
-    adam_beta2: float = Field(0.95, gt=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    clip_grad: float = Field(1.0, ge=0, description="Global gradient norm limit; 0 switches clipping off.")
+    min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the last step.")
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = Field(
+        default="cosine", description="Shape of the decay."
+    )
+    lr_warmup_iters: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0.")
+    lr_wsd_decay_iters: int | None = Field(default=None, ge=1, description="Steps of the final decay of WSD.")
+    weight_decay: float = Field(default=0.1, ge=0, description="AdamW weight decay (not on biases and norms).")
+    adam_beta1: float = Field(default=0.9, gt=0, lt=1)
+    adam_beta2: float = Field(default=0.95, gt=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, ge=0, description="Global gradient norm limit; 0 switches clipping off.")
     precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="Arithmetic of forward and backward; main weights and optimizer state stay fp32."
+        default="bf16", description="Arithmetic of forward and backward; main weights and optimizer state stay fp32."
     )
-    packing: bool = Field(True, description="Put several samples into one sequence, attention kept apart.")
+    packing: bool = Field(default=True, description="Put several samples into one sequence, attention kept apart.")
     overlong: Literal["truncate", "drop"] = Field(
-        "truncate", description="What happens to a sample longer than seq_length; counted and reported."
+        default="truncate", description="What happens to a sample longer than seq_length; counted and reported."
     )
-    hidden_dropout: float = Field(0.0, ge=0, lt=1)
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
-    seed: int = Field(1234, ge=0, description="Seed of data order and dropout.")
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    seed: int = Field(default=1234, ge=0, description="Seed of data order and dropout.")
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -99,33 +103,45 @@ class EvalConfig(Section):
 
     tasks: tuple[str, ...] = Field(min_length=1, description="lm-eval task names.")
     include_path: str | None = Field(
-        None, description="Folder with local task YAMLs, or demo://NAME; then bundled tasks are not indexed."
+        default=None, description="Folder with local task YAMLs, or demo://NAME; then bundled tasks are not indexed."
     )
-    num_fewshot: int | None = Field(None, ge=0, description="Examples before the question; empty keeps the task's own.")
-    limit: int | None = Field(None, ge=1, description="Documents a task at most; empty takes all.")
-    apply_chat_template: bool = Field(True, description="Ask through the model's chat template.")
-    baseline: bool = Field(True, description="Score the base model too.")
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="Examples before the question; empty keeps the task's own."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Documents a task at most; empty takes all.")
+    apply_chat_template: bool = Field(default=True, description="Ask through a chat template.")
+    chat_template: str | None = Field(
+        default=None,
+        description="Named chat template or a Jinja file; empty takes data.chat_template, then the model's own.",
+    )
+    baseline: bool = Field(default=True, description="Score the base model too.")
+
+    def asked_as(self, chat_template: str | None) -> EvalConfig:
+        """The same evaluation, asked through the template that training used, unless it names one itself."""
+        return self if self.chat_template else self.model_copy(update={"chat_template": chat_template})
 
 
 class RuntimeConfig(Section):
     """Where and how it runs. Nothing here changes what is computed, so nothing here is hashed."""
 
-    platform: Literal["auto", "cpu", "cuda", "npu"] = Field("auto", description="auto takes what is there.")
-    nproc_per_node: int = Field(1, ge=1, description="Training processes on this node.")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads a process; empty shares the cores out.")
-    micro_batch_size: int = Field(1, ge=1, description="Sequences a data-parallel rank computes at once.")
-    tensor_model_parallel_size: int = Field(1, ge=1)
-    pipeline_model_parallel_size: int = Field(1, ge=1)
+    platform: Literal["auto", "cpu", "cuda", "npu"] = Field(default="auto", description="auto takes what is there.")
+    nproc_per_node: int = Field(default=1, ge=1, description="Training processes on this node.")
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads a process; empty shares the cores out."
+    )
+    micro_batch_size: int = Field(default=1, ge=1, description="Sequences a data-parallel rank computes at once.")
+    tensor_model_parallel_size: int = Field(default=1, ge=1)
+    pipeline_model_parallel_size: int = Field(default=1, ge=1)
     sequence_parallel: bool = Field(
-        False, description="Split norms and dropout along the sequence; needs tensor parallelism."
+        default=False, description="Split norms and dropout along the sequence; needs tensor parallelism."
     )
     use_distributed_optimizer: bool = Field(
-        True, description="Shard the optimizer state over data-parallel ranks (ZeRO-1)."
+        default=True, description="Shard the optimizer state over data-parallel ranks (ZeRO-1)."
     )
-    save_interval: int = Field(500, ge=1, description="Steps between resumable checkpoints.")
-    log_interval: int = Field(10, ge=1, description="Steps between metric records.")
-    evaluate_batch_size: int = Field(16, ge=1, description="Documents scored at once.")
-    grace_seconds: int = Field(120, ge=1, description="Time to save after a stop is asked for.")
+    save_interval: int = Field(default=500, ge=1, description="Steps between resumable checkpoints.")
+    log_interval: int = Field(default=10, ge=1, description="Steps between metric records.")
+    evaluate_batch_size: int = Field(default=16, ge=1, description="Documents scored at once.")
+    grace_seconds: int = Field(default=120, ge=1, description="Time to save after a stop is asked for.")
 
 
 class TrainingInputs(Section):

@@ -39,7 +39,7 @@ class Job(Section):
     config: dict[str, Any] = Field(default_factory=dict, description="The stage's section of the recipe.")
     inputs: dict[str, Any] = Field(default_factory=dict, description="Role -> absolute path (or list of paths).")
     out: Path = Field(description="Folder to write into; may hold what a killed attempt left.")
-    events: Path | None = Field(None, description="JSON-lines file for progress, metrics and the result.")
+    events: Path | None = Field(default=None, description="JSON-lines file for progress, metrics and the result.")
     runtime: RuntimeConfig = RuntimeConfig()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_ext.config import EvalConfig, RuntimeConfig
 from tasks.artifacts import EvalReport, HFModel, Sources
 from tasks.build import Build, Input
 from tasks.stage import stage
+from tasks.templates import template_argument, template_identity
 
 IDENTITY = "evaluate-model"
 RECIPE_ONLY = {"baseline", "include_path"}
@@ -30,10 +33,11 @@ def evaluate_tuned(evaluate: EvalConfig, exported: HFModel, sources: Sources, *,
 
 
 def _scored(evaluate: EvalConfig, model: Input, sources: Sources, runtime: RuntimeConfig) -> Build:
+    template = template_identity(evaluate.chat_template, Path(sources.model.locate()))
     return Build(
         job="evaluate",
-        identity={"evaluate": evaluate.model_dump(exclude=RECIPE_ONLY)},
-        config=evaluate.model_dump(),
+        identity={"evaluate": {**evaluate.model_dump(exclude=RECIPE_ONLY), "chat_template": template}},
+        config={**evaluate.model_dump(), "chat_template": template_argument(evaluate.chat_template)},
         inputs={"model": model, "tasks": sources.tasks},
         runtime=runtime,
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_ext.config import DataConfig, RuntimeConfig
-from megatron_ext.data.chat_templates import chat_template_identity
-from megatron_ext.errors import ChatTemplateError
 from tasks.artifacts import IdxmapDataset, Sources
 from tasks.build import Build
 from tasks.stage import stage
+from tasks.templates import template_argument, template_identity
 
 
 @stage("tokenize-dataset", version=1, makes=IdxmapDataset)
@@ -21,27 +20,11 @@ def tokenize_dataset(data: DataConfig, sources: Sources, *, runtime: RuntimeConf
         ChatTemplateError: no template of that name.
         WorkerFailedError: the subprocess died; ends with the last lines of its log.
     """
-    name = data.chat_template
+    template = template_identity(data.chat_template, Path(sources.model.locate()))
     return Build(
         job="tokenize",
-        identity={"data": {"format": data.format, "chat_template": _template(name, Path(sources.model.locate()))}},
-        config={"format": data.format, "chat_template": str(Path(name).absolute()) if _is_file(name) else name},
+        identity={"data": {"format": data.format, "chat_template": template}},
+        config={"format": data.format, "chat_template": template_argument(data.chat_template)},
         inputs={"files": sources.data, "tokenizer": sources.tokenizer},
         runtime=runtime,
     )
-
-
-def _template(name: str | None, folder: Path) -> str | None:
-    """The template's content; the model's own is part of its tokenizer."""
-    if name is None:
-        return None
-    try:
-        return chat_template_identity(name, folder)
-    except ChatTemplateError:
-        if folder.exists():
-            raise
-        return name  # only planned: the model, whose own template this may be, is not pinned yet
-
-
-def _is_file(name: str | None) -> bool:
-    return name is not None and Path(name).is_file()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.config import EvalConfig, validated
+from megatron_ext.data.chat_templates import find_template
 from megatron_ext.errors import EvaluationError, MegatronFlowsError
 from megatron_ext.evaluation.task_names import LocalTasks, read_local_tasks, require_known, unknown_task
 from megatron_ext.hf_folder import read_config, weight_files
@@ -223,10 +224,12 @@ def _score(
         batch_size=batch_size,
         trust_remote_code=False,
     )
-    if config.apply_chat_template and not lm.tokenizer.chat_template:
+    if config.apply_chat_template and config.chat_template:
+        lm.tokenizer.chat_template = find_template(config.chat_template, model).text
+    elif config.apply_chat_template and not lm.tokenizer.chat_template:
         raise EvaluationError(
-            f"model {model} has no chat template, and evaluate.apply_chat_template is true; "
-            "set evaluate.apply_chat_template=false or add a chat_template.jinja to the model's folder"
+            f"model {model} has no chat template, and evaluate.apply_chat_template is true; name one with "
+            "evaluate.chat_template, or set evaluate.apply_chat_template=false"
         )
     results = lm_evaluate(
         lm,

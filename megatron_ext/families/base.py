@@ -27,10 +27,10 @@ class Architecture(Section):
     vocab_size: int = Field(description="true rows of the embedding, without padding")
     max_position_embeddings: int
     layernorm_epsilon: float
-    activation: str = Field("silu", description="name in torch.nn.functional")
+    activation: str = Field(default="silu", description="name in torch.nn.functional")
     rotary_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = Field(
-        None,
+        default=None,
         description="rope_type linear or llama3, and its parameters under Hugging Face's names",
     )
     share_embeddings_and_output_weights: bool = False

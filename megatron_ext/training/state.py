@@ -24,7 +24,7 @@ class RunState(Section):
     digest: str = Field(description="of the configuration, the base checkpoint and the dataset")
     num_threads: int = Field(description="CPU threads a process; results are bit-equal at one count only")
     layout: dict[str, int] = Field(description="parallel sizes of the attempt that started last")
-    summary: dict[str, Any] | None = Field(None, description="the result, once training is finished")
+    summary: dict[str, Any] | None = Field(default=None, description="the result, once training is finished")
 
 
 def training_digest(train: TrainConfig, checkpoint: Path, dataset: Path) -> str:

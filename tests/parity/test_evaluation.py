@@ -174,13 +174,16 @@ def test_a_broken_yaml_in_the_folder_is_named(demo, tmp_path):
         score(demo / "model", tmp_path / "out", ("own",), tasks)
 
 
-def test_a_model_without_chat_template_is_refused_unless_asked_without(demo, tmp_path):
+def test_a_model_without_chat_template_is_asked_through_a_named_one_or_none(demo, tmp_path):
     model = write_model(tmp_path / "model", num_hidden_layers=1)
     (model / "chat_template.jinja").unlink()
     with pytest.raises(EvaluationError, match="has no chat template"):
         score(model, tmp_path / "out", ("demo_routing",), demo / "tasks", limit=1)
     plain = score(model, tmp_path / "out", ("demo_routing",), demo / "tasks", limit=2, apply_chat_template=False)
     assert plain["num_documents"] == {"demo_routing": 2}
+    score(model, tmp_path / "out", ("demo_routing",), demo / "tasks", limit=1, chat_template="chatml")
+    asked = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])["arguments"][0][0]
+    assert asked.endswith("<|im_start|>assistant\n")
 
 
 def test_a_model_whose_outputs_are_not_numbers_fails(demo, tmp_path):

@@ -53,8 +53,9 @@ def test_unknown_option_and_command_exit_with_2(tmp_path):
 def test_help_lists_every_command_without_prefect(without_prefect, tmp_path):
     done = mflow("--help", cwd=tmp_path, **without_prefect)
     assert done.returncode == 0, done.stderr
-    commands = "convert tokenize train export evaluate inspect doctor run explain artifacts deploy up".split()
-    assert [command for command in commands if f"  {command} " not in done.stdout] == []
+    engine = ["convert", "tokenize", "train", "export", "evaluate", "inspect", "doctor"]
+    flows = ["run", "explain", "artifacts", "deploy", "up"]
+    assert [command for command in engine + flows if f"  {command} " not in done.stdout] == []
 
 
 def test_doctor_names_the_machine_and_what_is_missing(without_prefect, tmp_path):

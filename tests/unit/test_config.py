@@ -19,7 +19,9 @@ def test_unknown_key_is_refused_and_the_nearest_one_is_named():
 
 
 def test_value_out_of_range_names_key_value_and_file():
-    with pytest.raises(ConfigError, match=r"train\.lr: input should be greater than 0 \(value: -1\) \(in recipe\.yaml\)"):
+    with pytest.raises(
+        ConfigError, match=r"train\.lr: input should be greater than 0 \(value: -1\) \(in recipe\.yaml\)"
+    ):
         validated(SFTRecipe, with_overrides(RECIPE, ["train.lr=-1"]), "recipe.yaml")
 
 
