@@ -22,9 +22,9 @@ def list_artifacts(as_json: AsJson = False) -> None:
     store = Store.current()
     every = store.artifacts()
     if as_json:
-        keep = {"stage", "kind", "fingerprint", "created", "seconds", "size"}
-        listed = [m.model_dump(include=keep) | {"size": m.size} for m in every]
-        typer.echo(json.dumps([row | {"folder": str(store.folder(row["kind"], row["fingerprint"]))} for row in listed]))
+        keep = {"stage", "kind", "fingerprint", "created", "seconds"}
+        places = {m.fingerprint: {"size": m.size, "folder": str(store.folder(m.kind, m.fingerprint))} for m in every}
+        typer.echo(json.dumps([{**m.model_dump(include=keep), **places[m.fingerprint]} for m in every]))
         return
     for m in every:
         typer.echo(f"{m.created[:19]}  {m.kind + '/' + m.fingerprint:<46} {m.size / 1e6:>10.1f} MB {m.seconds:>8.1f} s")

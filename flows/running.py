@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ def run_recipe(name: str, path: Path, overrides: list[str], as_json: bool) -> in
         check_recipe(**sections)
         plan = planned_stages(module.sentence, sections)
         prepare_environment()
+        signal.signal(signal.SIGTERM, _stopped)
         with recording() as runs:
             getattr(module, name.replace("-", "_"))(**sections)
     except BaseException as error:  # noqa: BLE001 (a stop signal must be reported like a failure)
@@ -39,6 +41,11 @@ def run_recipe(name: str, path: Path, overrides: list[str], as_json: bool) -> in
         return code
     _say(runs, as_json)
     return 0
+
+
+def _stopped(number: int, frame: object) -> None:
+    """Prefect lets the flow end first and then sends the signal again, to this handler."""
+    raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
 
 
 def _finish_failed(error: BaseException, command: str, plan: Sequence[Planned], ran: bool) -> None:

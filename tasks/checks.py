@@ -37,6 +37,8 @@ def check_recipe(
             chat_template_identity(data.chat_template, folder or Path())
     if evaluate:
         tasks_source(evaluate, digests)
+        if evaluate.chat_template:
+            chat_template_identity(evaluate.chat_template, folder or Path())
     if train and folder:
         check_layout(architecture_of(folder), train, runtime or RuntimeConfig())
 

@@ -75,8 +75,10 @@ def _digests(parts: dict[str, DemoName | Files]) -> dict[str, object]:
 
     def digested(name: str) -> dict[str, str]:
         part = parts[name]
-        files = _demo_files(part, name) if isinstance(part, DemoName) else part
-        return dict(files.digests) if files else {"tokenizer.json": f"{part.url} {name}"}
+        if isinstance(part, Files):
+            return dict(part.digests)
+        made = _demo_files(part, name)
+        return dict(made.digests) if made else {"tokenizer.json": f"{part.url} {name}"}
 
     data = [digested(name) for name in parts if name.startswith("data/")]
     return {

@@ -15,6 +15,8 @@ import psutil
 import pytest
 from prefect_site import TINY, Site, wait_for
 
+from flows.server import answers
+
 LONG = TINY | {"train": TINY["train"] | {"train_iters": 100_000, "lr": 3e-4}}
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -144,6 +146,19 @@ def test_ctrl_c_and_sigterm_of_mflow_run_save_and_say_how_to_go_on(server: Site,
     assert process.wait(60) == 1
     last = (server.folder / "stopped.txt").read_text().strip().splitlines()[-1]
     assert last == f"retry with: mflow run full-sft {recipe}   # training goes on from step {saved()}"
+
+
+def test_mflow_up_uses_a_server_that_answers_and_ends_only_what_it_started(server: Site) -> None:
+    process = server.start("mflow", "up", log="up.txt")
+    said = server.folder / "up.txt"
+    wait_for(lambda: said.exists() and "Ctrl-C" in said.read_text(), "mflow up is up", 120)
+    assert f"export PREFECT_API_URL={server.api}" in said.read_text()
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert not any(worker.is_running() and worker.status() != "zombie" for worker in workers)
+    assert answers(server.api)
 
 
 @pytest.mark.slow
