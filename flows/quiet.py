@@ -22,9 +22,16 @@ class OwnErrors(logging.Filter):
         return True
 
 
+class NoFarewell(logging.Filter):
+    """Drops the temporary server's last words: the outcome of the run is the last thing to be read."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("Stopping temporary server")
+
+
 def quieten() -> None:
-    """Add the filter once."""
-    for name in LOGGERS:
+    """Add the filters once."""
+    for name, wanted in [*((name, OwnErrors()) for name in LOGGERS), ("prefect", NoFarewell())]:
         logger = logging.getLogger(name)
-        if not any(isinstance(f, OwnErrors) for f in logger.filters):
-            logger.addFilter(OwnErrors())
+        if not any(isinstance(f, type(wanted)) for f in logger.filters):
+            logger.addFilter(wanted)

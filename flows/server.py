@@ -13,19 +13,6 @@ QUIET = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_CLI_PROMPT": "false",
 }
-UNUSED_SERVICES = (
-    "SCHEDULER",
-    "LATE_RUNS",
-    "FOREMAN",
-    "PAUSE_EXPIRATIONS",
-    "CANCELLATION_CLEANUP",
-    "REPOSSESSOR",
-    "TRIGGERS",
-    "EVENT_LOGGER",
-    "DB_VACUUM",
-    "CLEANUP_RECONCILER",
-)
-"""Services that a server which lives for one run has no use for."""
 RECORD = "mflow-up.json"
 
 
@@ -55,7 +42,7 @@ def running_server() -> str | None:
 
 
 def prepare_environment() -> None:
-    """Settle, before Prefect is imported, which API this process uses, and spare a temporary server what it can.
+    """Settle, before Prefect is imported, which API this process uses.
 
     An API named in the environment is used even when it does not answer: the error then is Prefect's, and clear.
     """
@@ -65,6 +52,3 @@ def prepare_environment() -> None:
         return
     if url := running_server():
         os.environ["PREFECT_API_URL"] = url
-        return
-    for service in UNUSED_SERVICES:
-        os.environ.setdefault(f"PREFECT_SERVER_SERVICES_{service}_ENABLED", "false")

@@ -88,7 +88,10 @@ def _run_job(spec: Spec[A], build: Build, name: str, lock: int, watcher: base.Wa
         events=work / base.EVENTS,
         runtime=build.runtime,
     )
-    return Made(base.run(LocalLauncher(), job, work, lock, watcher, spec.identity), {}, {})
+    try:
+        return Made(base.run(LocalLauncher(), job, work, lock, watcher, spec.identity), {}, {})
+    except UserError as error:
+        raise type(error)(store.with_origins(str(error))) from None
 
 
 def _give_up_when_stopping() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -116,6 +117,15 @@ class Store:
         for name, link in manifest.links.items():
             wrong += _link_faults(folder / name, link)
         return wrong
+
+    def with_origins(self, text: str) -> str:
+        """``text`` with the user's own path in place of each path of a link in this store."""
+
+        def origin(found: re.Match[str]) -> str:
+            path = Path(found[0].rstrip(".,:;"))
+            return found[0].replace(str(path), str(path.readlink())) if path.is_symlink() else found[0]
+
+        return re.sub(re.escape(str(self.root)) + r"/[^\s'\"]+", origin, text)
 
     @contextmanager
     def locked(self, kind: str, fingerprint: str, waiting: Callable[[], None] = lambda: None) -> Iterator[int]:

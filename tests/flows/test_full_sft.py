@@ -144,3 +144,19 @@ def test_bad_input_ends_with_one_line_and_nothing_written(server: Site, tmp_path
         assert said["state"] == "failed"
         assert said["stages"] == []
     assert not list(tmp_path.glob("store/[!.]*"))
+
+
+def test_a_row_that_does_not_fit_fails_its_stage_with_the_users_file_and_the_retry(
+    server: Site, built: dict, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"foo": 1}\n')
+    recipe = server.recipe(data={"files": [str(bad)]})
+    code, said, errors = server.run(recipe)
+    assert code == 2
+    assert said["state"] == "failed"
+    assert str(bad) in said["error"]
+    assert states(said)["tokenize-dataset"] == "failed"
+    assert "train-model" not in states(said)
+    assert errors.splitlines()[-1] == f"retry with: mflow run full-sft {recipe}"
+    assert "Traceback" not in errors

@@ -203,3 +203,15 @@ def test_digests_of_sources_are_remembered_until_the_file_changes(tmp_path: Path
     os.utime(source, ns=(1, 1))
     assert SourceDigests(tmp_path / "store").digest(source) == "digest of the new content"
     assert reads == [source]
+
+
+def test_an_error_about_a_link_names_the_users_own_file(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "mine.jsonl"
+    source.write_text("{}")
+    link = store.root / "sources" / "f" / "data" / "0" / "mine.jsonl"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(source)
+    assert store.with_origins(f"{link}: row 1 is empty; see {link}, please") == (
+        f"{source}: row 1 is empty; see {source}, please"
+    )
+    assert store.with_origins(f"{store.root}/x is not a link") == f"{store.root}/x is not a link"
