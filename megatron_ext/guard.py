@@ -1,7 +1,7 @@
 """No orphans: a subprocess ends when the process that owns it is gone.
 
 torchrun starts its ranks in sessions of their own, so neither a process group nor a terminal reaches them; each
-process therefore watches its owner itself. The owner is the pid in ``MFLOW_OWNER_PID`` (the flow process).
+process therefore watches its owners itself. ``MFLOW_OWNER_PIDS`` names them: the flow process, and torchrun's agent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import signal
 import threading
 import time
 
-OWNER = "MFLOW_OWNER_PID"
+import psutil
+
+OWNERS = "MFLOW_OWNER_PIDS"
 SECONDS_TO_SAVE = 6.0
 
 
@@ -38,38 +40,51 @@ STOP = StopRequest()
 
 
 class OwnerGuard:
-    """Thread that waits for the owner's death, then asks this process to stop and soon after ends it.
+    """Thread that waits until one of the owners dies, then asks this process to stop and soon after ends it.
 
-    ``grace_seconds`` is granted instead when the stop had been asked for before the owner died: a cancelled run's
-    checkpoint may be finished although its flow was killed meanwhile.
+    ``grace_seconds`` is granted instead when the stop had been asked for before: a cancelled run's checkpoint may be
+    finished although its flow was killed meanwhile. An ``agent`` (torchrun's) is not asked; it ends after its ranks,
+    which have guards of their own, so that the artifact's lock, which it holds, outlives their writing.
     """
 
-    def __init__(self, owner: int, grace_seconds: float) -> None:
-        self._owner, self._grace = owner, grace_seconds
+    def __init__(self, owners: list[int], grace_seconds: float, *, agent: bool = False) -> None:
+        self._owners, self._grace, self._agent = owners, grace_seconds, agent
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="owner-guard", daemon=True).start()
 
     def _watch(self) -> None:
-        try:
-            pidfd = os.pidfd_open(self._owner)
-        except ProcessLookupError:
-            pass
+        self._wait_for_a_death()
+        if self._agent:
+            self._outlive_ranks()
         else:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            poll.poll()
-        seconds = self._grace if STOP.asked else SECONDS_TO_SAVE
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(seconds)
+            seconds = self._grace if STOP.asked else SECONDS_TO_SAVE
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(seconds)
         os._exit(128 + signal.SIGKILL)
 
+    def _wait_for_a_death(self) -> None:
+        poll = select.poll()
+        for owner in self._owners:
+            try:
+                poll.register(os.pidfd_open(owner), select.POLLIN)
+            except ProcessLookupError:
+                return
+        poll.poll()
 
-def watch_owner(grace_seconds: float) -> OwnerGuard | None:
-    """Start the guard if an owner is named in the environment."""
-    owner = os.environ.get(OWNER)
-    if owner is None:
-        return None
-    guard = OwnerGuard(int(owner), grace_seconds)
-    guard.start()
-    return guard
+    def _outlive_ranks(self) -> None:
+        deadline = time.monotonic() + self._grace + SECONDS_TO_SAVE
+        time.sleep(SECONDS_TO_SAVE)
+        while psutil.Process().children() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def watch_owners(grace_seconds: float, *, agent: bool) -> None:
+    """Start the guard if the environment names owners."""
+    if owners := [int(pid) for pid in os.environ.get(OWNERS, "").split(",") if pid]:
+        OwnerGuard(owners, grace_seconds, agent=agent).start()
+
+
+def own_children() -> None:
+    """Make this process an owner of those that it starts from now on, beside its own owners."""
+    os.environ[OWNERS] = ",".join(filter(None, [os.environ.get(OWNERS), str(os.getpid())]))

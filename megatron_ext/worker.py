@@ -18,7 +18,7 @@ from pydantic import Field
 from megatron_ext.config import RuntimeConfig, Section
 from megatron_ext.errors import JobInterrupted, MegatronFlowsError, unknown
 from megatron_ext.events import Events
-from megatron_ext.guard import watch_owner
+from megatron_ext.guard import own_children, watch_owners
 
 JOBS = {
     "demo": "megatron_ext.demo:run",
@@ -59,18 +59,22 @@ def check_training(job: Job) -> None:
 
 
 def start_torchrun(job_file: Path, job: Job) -> int:
-    """Become the torchrun agent of the job's ranks on this node; the exit code is that of the first rank to fail."""
+    """Become the torchrun agent of the job's ranks on this node; the exit code is that of the first rank to fail.
+
+    A rank that was killed by a signal counts as 128 + its number, as in a shell.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     agent = ["--standalone", f"--nproc-per-node={job.runtime.nproc_per_node}", "--max-restarts=0"]
     agent += [f"--shutdown-timeout={job.runtime.grace_seconds}"]
+    own_children()
     try:
         torchrun([*agent, "-m", "megatron_ext.worker", str(job_file)])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
@@ -80,10 +84,11 @@ def main() -> int:
     """Run the job file named on the command line; only rank 0 writes events."""
     job_file = Path(sys.argv[1])
     job = Job.model_validate_json(job_file.read_text(encoding="utf-8"))
-    watch_owner(job.runtime.grace_seconds)
+    agent = job.job == "train" and job.runtime.nproc_per_node > 1 and "RANK" not in os.environ
+    watch_owners(job.runtime.grace_seconds, agent=agent)
     events = Events(job.events if os.environ.get("RANK", "0") == "0" else None)
     try:
-        if job.job == "train" and job.runtime.nproc_per_node > 1 and "RANK" not in os.environ:
+        if agent:
             check_training(job)
             return start_torchrun(job_file, job)
         events.emit("result", **run_job(job, events))

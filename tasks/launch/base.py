@@ -137,8 +137,8 @@ def run(launcher: Launcher, job: Job, work: Path, lock: int, watcher: Watcher, n
         try:
             code = _follow(handle, course, events, tail, watcher, job.runtime.grace_seconds)
         finally:
-            if handle.exit_code() is None:
-                handle.kill(course.ranks)
+            if handle.exit_code() != 0:
+                handle.kill(course.ranks)  # an agent that was killed leaves its ranks behind
     return _outcome(course, code, work / LOG, name)
 
 
@@ -175,7 +175,8 @@ def _outcome(course: Course, code: int, log: Path, name: str) -> dict[str, Any]:
         return course.result
     if STOPPING.asked.is_set():
         raise JobInterrupted(f"{name} was stopped before it finished; run it again to go on")
-    ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    by_signal = -code if code < 0 else code - 128
+    ended = f"was killed by signal {by_signal}" if by_signal > 0 else f"ended with exit code {code}"
     raise WorkerFailedError(f"{name} {ended}; the last lines of {log}:\n{last_lines(log)}")
 
 

@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_ext.guard import OWNER
+from megatron_ext.guard import OWNERS
 from megatron_ext.worker import Job
 from tasks.launch.base import JOB, LOG, Handle
 
@@ -51,7 +51,8 @@ class LocalProcess:
                 os.kill(pid, signal.SIGTERM)
 
     def kill(self, ranks: list[int]) -> None:
-        for pid in {*ranks, self._process.pid}:
+        alive = [self._process.pid] if self._process.poll() is None else []
+        for pid in {*ranks, *alive}:
             with suppress(ProcessLookupError):
                 os.killpg(os.getpgid(pid), signal.SIGKILL)
         self._process.wait()
@@ -59,7 +60,7 @@ class LocalProcess:
 
 def _environment(job: Job) -> dict[str, str]:
     environment = dict(os.environ) | {
-        OWNER: str(os.getpid()),
+        OWNERS: str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "true",
     }
