@@ -14,7 +14,7 @@ setup: .venv/installed
 	@touch $@
 
 demo: setup
-	$(BIN)/mflow run full-sft $(RECIPE)
+	@$(BIN)/mflow run full-sft $(RECIPE)
 
 up: setup
 	$(BIN)/mflow up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -36,11 +37,21 @@ def run_recipe(name: str, path: Path, overrides: list[str], as_json: bool) -> in
     except BaseException as error:  # noqa: BLE001 (a stop signal must be reported like a failure)
         code = error.exit_code if isinstance(error, MegatronFlowsError) else 1
         _say(runs, as_json, error=error)
-        command = shlex.join(["mflow", "run", name, str(path), *(part for o in overrides for part in ("--set", o))])
+        sets = [part for override in overrides for part in ("--set", override)]
+        command = shlex.join([program(), "run", name, str(path), *sets])
         _finish_failed(error, command, plan, bool(runs))
         return code
     _say(runs, as_json)
     return 0
+
+
+def program() -> str:
+    """How this program was called, so that a printed command can be pasted: its path, or its name if that is found."""
+    called = sys.argv[0]
+    if Path(called).name != "mflow":
+        return "mflow"
+    found = shutil.which("mflow")
+    return "mflow" if found and Path(found).samefile(called) else called
 
 
 def _stopped(number: int, frame: object) -> None:
@@ -96,7 +107,7 @@ def table(said: dict[str, Any]) -> str:
         lines += [
             "",
             f"report: {said['report']}",
-            "watch:  mflow up   # Prefect's UI: this run, its logs and curves",
+            f"watch:  {program()} up   # Prefect's UI: this run, its logs and curves",
         ]
     return "\n".join(lines) + "\n"
 
