@@ -7,6 +7,7 @@ configuration go on from the last checkpoint; the steps after it are the ones an
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,8 @@ def prepare(job: Job) -> Setup:
     train = validated(TrainConfig, job.config, "train")
     checkpoint, dataset = Path(job.inputs["checkpoint"]), Path(job.inputs["dataset"])
     manifest = read_manifest(checkpoint)
-    planning.check_layout(manifest.architecture, train, job.runtime)
+    started = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    planning.check_layout(manifest.architecture, train, job.runtime, started)
     planning.check_vocabulary(manifest, planning.read_dataset_manifest(dataset), dataset)
     plan = planning.make_plan(train, dataset, manifest.architecture.max_position_embeddings)
     state = open_run(job.out, training_digest(train, checkpoint, dataset), job.runtime)

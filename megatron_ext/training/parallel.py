@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from megatron_ext.config import RuntimeConfig
-from megatron_ext.errors import ParallelismError
 from megatron_ext.events import Events
 from megatron_ext.platforms.base import Platform, select
 
@@ -23,18 +22,11 @@ def parallel_state(runtime: RuntimeConfig, seed: int) -> Iterator[Platform]:
 
     Raises:
         PlatformError: the platform asked for cannot run here.
-        ParallelismError: torchrun started another number of processes than the configuration says.
     """
     platform = select(runtime.platform)
     platform.prepare()
     quiet()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    model_parallel = runtime.tensor_model_parallel_size * runtime.pipeline_model_parallel_size
-    if world % model_parallel:
-        raise ParallelismError(
-            f"{world} processes cannot hold tensor_model_parallel_size {runtime.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size {runtime.pipeline_model_parallel_size}; start a multiple of {model_parallel}"
-        )
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 

@@ -25,17 +25,23 @@ BYTES_A_PARAMETER = 16
 """fp32 weights, gradients' place excluded: weight, main weight and two moments of Adam in a resumable checkpoint."""
 
 
-def check_layout(architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig) -> None:
+def check_layout(
+    architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig, world_size: int | None = None
+) -> None:
     """Refuse parallel sizes that cannot run.
+
+    Args:
+        world_size: processes on all nodes, when a torchrun has started them; ``runtime.nproc_per_node`` by default.
 
     Raises:
         ParallelismError: names the value, what it must divide, and the remedy.
     """
     tp, pp = runtime.tensor_model_parallel_size, runtime.pipeline_model_parallel_size
-    world = runtime.nproc_per_node
+    world = world_size or runtime.nproc_per_node
     if world % (tp * pp):
+        place = "torchrun's number of processes" if world_size else "runtime.nproc_per_node"
         raise ParallelismError(
-            f"runtime.nproc_per_node {world} is not a multiple of tensor_model_parallel_size {tp} x "
+            f"{place} {world} is not a multiple of tensor_model_parallel_size {tp} x "
             f"pipeline_model_parallel_size {pp}; start {tp * pp} processes or a multiple"
         )
     splits = {

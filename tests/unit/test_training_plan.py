@@ -14,8 +14,10 @@ from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.data.idxmap import IdxmapWriter
 from megatron_ext.errors import ConfigError, DatasetFormatError, ParallelismError, SourceError, UserError
 from megatron_ext.families.base import Architecture
+from megatron_ext.training.loop import prepare
 from megatron_ext.training.plan import check_layout, disk_needed, make_plan, parameters, planned_iterations
 from megatron_ext.weights.manifest import CheckpointManifest, write_latest, write_manifest
+from megatron_ext.worker import Job
 
 MODEL = Architecture(
     num_layers=4, hidden_size=64, ffn_hidden_size=160, num_attention_heads=8, num_query_groups=2, kv_channels=8,
@@ -81,6 +83,22 @@ def test_layouts_that_cannot_run_are_refused_with_value_and_remedy(runtime: dict
 )
 def test_layouts_that_can_run_pass(runtime: dict) -> None:
     check_layout(MODEL, config(), RuntimeConfig(**runtime))
+
+
+def test_processes_of_a_foreign_torchrun_must_share_the_global_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = config(global_batch_size=3, seq_length=64).model_dump()
+    inputs = {
+        "checkpoint": str(checkpoint(tmp_path / "checkpoint")),
+        "dataset": str(dataset(tmp_path / "data", [[1] * 9 for _ in range(9)])),
+    }
+    job = Job(job="train", config=train, inputs=inputs, out=tmp_path / "out")
+    assert prepare(job).plan.global_batch_size == 3
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ParallelismError, match=r"global_batch_size 3 .* data-parallel size 2"):
+        prepare(job)
 
 
 def test_data_order_is_a_function_of_seed_and_step_and_covers_each_epoch_once(tmp_path: Path) -> None:
