@@ -12,7 +12,7 @@ from pydantic import Field
 
 from megatron_ext.config import RuntimeConfig, Section, TrainConfig
 from megatron_ext.errors import OutputExistsError
-from megatron_ext.weights.manifest import LATEST, MANIFEST, latest_folder
+from megatron_ext.weights.manifest import LATEST, MANIFEST, latest_folder, read_latest, read_manifest
 
 STATE = "training_state.json"
 SAMPLE = 1 << 20
@@ -59,11 +59,20 @@ def open_run(out: Path, digest: str, runtime: RuntimeConfig) -> RunState:
                 f"out {out} holds a training of another configuration, checkpoint or dataset; "
                 "choose another folder or remove this one"
             )
-        return found.model_copy(update={"layout": layout})
+        return found.model_copy(update={"layout": layout, "summary": found.summary or _published_summary(out)})
     if (out / LATEST).exists() or (out / MANIFEST).exists():
         raise OutputExistsError(f"out {out} holds a checkpoint that this training did not write; choose another folder")
-    threads = runtime.num_threads or max(1, len(os.sched_getaffinity(0)) // runtime.nproc_per_node)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.nproc_per_node))
+    threads = runtime.num_threads or max(1, len(os.sched_getaffinity(0)) // processes)
     return RunState(digest=digest, num_threads=threads, layout=layout)
+
+
+def _published_summary(out: Path) -> dict[str, Any] | None:
+    """The result of a training that was killed after its final weights were published, before it was marked done."""
+    if not ((out / LATEST).exists() and (out / MANIFEST).exists()):
+        return None
+    manifest = read_manifest(out)
+    return manifest.training["summary"] if manifest.training and read_latest(out) == manifest.iteration else None
 
 
 def write_run(out: Path, state: RunState) -> None:

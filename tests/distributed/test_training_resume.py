@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -107,6 +108,15 @@ def test_a_finished_training_answers_with_its_result_and_trains_no_more(base: Pa
     first, second = [e for e in again if e["event"] == "result"]
     assert {k: v for k, v in first.items() if k != "time"} == {k: v for k, v in second.items() if k != "time"}
     assert digests(base / "whole") == before
+
+
+def test_training_killed_before_its_result_was_noted_is_finished_all_the_same(base: Path) -> None:
+    out = Path(shutil.copytree(base / "whole", base / "noted"))
+    state = json.loads((out / "training_state.json").read_text())
+    (out / "training_state.json").write_text(json.dumps(state | {"summary": None}))
+    (result,) = [e for e in run(job(base, "noted")) if e["event"] == "result"]
+    assert result["loss"] == state["summary"]["loss"]
+    assert digests(out) == digests(base / "whole")
 
 
 def test_another_configuration_is_refused_in_the_same_folder(base: Path) -> None:
