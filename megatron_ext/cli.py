@@ -190,7 +190,7 @@ def evaluate(
     limit: int | None = None,
     apply_chat_template: bool = True,
     chat_template: Annotated[str | None, typer.Option(help="Named template or Jinja file.")] = None,
-    batch_size: int = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents scored at once.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json and samples.jsonl.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -199,13 +199,8 @@ def evaluate(
     from megatron_ext.evaluation.compare import comparison_table
     from megatron_ext.evaluation.lm_eval_runner import evaluate as score
 
-    config = EvalConfig(
-        tasks=tuple(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        chat_template=chat_template,
-    )
+    asked = {"tasks": tasks, "num_fewshot": num_fewshot, "limit": limit, "chat_template": chat_template}
+    config = validated(EvalConfig, {**asked, "apply_chat_template": apply_chat_template}, "the command line")
 
     def scores(folder: Path, into: Path) -> dict[str, Any]:
         into.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_ext.config import EvalConfig, validated
 from megatron_ext.data.chat_templates import find_template
-from megatron_ext.errors import EvaluationError, MegatronFlowsError
+from megatron_ext.errors import EvaluationError, MegatronFlowsError, UnsupportedModelError
 from megatron_ext.evaluation.task_names import LocalTasks, read_local_tasks, require_known, unknown_task
 from megatron_ext.hf_folder import read_config, weight_files
 
@@ -50,14 +50,22 @@ def evaluate(
     ``batch_size`` counts requests (one choice of one document); ``platform`` is cpu, cuda, npu or auto.
 
     Raises:
-        SourceError: ``model`` is no Hugging Face folder with weights.
+        SourceError: ``model`` is no Hugging Face folder with weights, or a file of them is damaged.
         EvaluationError: a task is unknown (names the nearest), its data cannot be read, or there is no chat template.
+        UnsupportedModelError: transformers knows no such model_type.
+        ChatTemplateError: ``config.chat_template`` is unknown or cannot be read.
         MegatronFlowsError: a score or an answer of the model is not a number.
     """
+    from megatron_ext.weights.hf import open_safetensors
+
     started = time.monotonic()
     model, out = model.absolute(), out.absolute()
+    include_path = include_path and include_path.absolute()
     read_config(model)
-    weight_files(model)
+    for path in weight_files(model):
+        open_safetensors(path)
+    named = config.apply_chat_template and config.chat_template
+    template = find_template(named, model).text if named else None
     local = read_local_tasks(include_path) if include_path else LocalTasks(frozenset(), needs_hub=True)
     require_known(config.tasks, local)
     offline = not local.needs_hub and local.names.issuperset(config.tasks)
@@ -67,7 +75,7 @@ def evaluate(
         if include_path:
             stack.enter_context(contextlib.chdir(include_path))
         tasks = _load_tasks(config, local, include_path, events)
-        results = _score(model, tasks, config, batch_size, platform, events)
+        results = _score(model, tasks, config, template, batch_size, platform, events)
     summary = {
         "model": model.name,
         "tasks": {name: _scores(name, values) for name, values in results["results"].items()},
@@ -203,15 +211,28 @@ def _loading_failed(tasks: tuple[str, ...], error: Exception) -> str:
 
 
 def _score(
-    model: Path, tasks: dict[str, Any], config: EvalConfig, batch_size: int, platform: str, events: Events
+    model: Path,
+    tasks: dict[str, Any],
+    config: EvalConfig,
+    template: str | None,
+    batch_size: int,
+    platform: str,
+    events: Events,
 ) -> dict[str, Any]:
     import random
 
     import numpy
     import torch
     from lm_eval.evaluator import evaluate as lm_evaluate
+    from transformers import AutoConfig
 
     from megatron_ext.evaluation.observed_lm import ObservedLM
+
+    try:
+        AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(f"transformers cannot build the model of {model}/config.json: {reason}") from None
 
     random.seed(SEED)
     numpy.random.seed(SEED)
@@ -224,8 +245,8 @@ def _score(
         batch_size=batch_size,
         trust_remote_code=False,
     )
-    if config.apply_chat_template and config.chat_template:
-        lm.tokenizer.chat_template = find_template(config.chat_template, model).text
+    if template is not None:
+        lm.tokenizer.chat_template = template
     elif config.apply_chat_template and not lm.tokenizer.chat_template:
         raise EvaluationError(
             f"model {model} has no chat template, and evaluate.apply_chat_template is true; name one with "

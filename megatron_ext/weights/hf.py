@@ -48,6 +48,18 @@ class TensorInfo:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def open_safetensors(path: Path) -> safe_open:
+    """The open file, its header read.
+
+    Raises:
+        SourceError: it is truncated or damaged.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{path} is truncated or damaged ({error}); download the model again") from None
+
+
 class SafetensorsReader:
     """The weights of a Hugging Face folder; headers are read at once, a tensor's bytes when it is asked for.
 
@@ -74,13 +86,8 @@ class SafetensorsReader:
             raise SourceError(f"{name} cannot be read from {self._folder / place}: {error}") from None
 
     def _open(self, path: Path) -> None:
-        try:
-            file = safe_open(path, framework="pt")
-            names = list(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise SourceError(f"{path} is truncated or damaged ({error}); download the model again") from None
-        self._files[path.name] = file
-        for name in names:
+        file = self._files[path.name] = open_safetensors(path)
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
             if name in self._place:
                 raise SourceError(f"{name} is in {self._place[name]} and again in {path.name} of {self._folder}")
             view = file.get_slice(name)

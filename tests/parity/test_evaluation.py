@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from tiny import write_jsonl, write_model
 
 from megatron_ext.config import EvalConfig
 from megatron_ext.demo import generate
-from megatron_ext.errors import EvaluationError, MegatronFlowsError, SourceError
+from megatron_ext.errors import EvaluationError, MegatronFlowsError, SourceError, UnsupportedModelError
 from megatron_ext.evaluation.lm_eval_runner import evaluate
 from megatron_ext.events import Events
 
@@ -201,3 +202,25 @@ def test_a_model_whose_outputs_are_not_numbers_fails(demo, tmp_path):
 def test_a_missing_model_folder_is_named(demo, tmp_path):
     with pytest.raises(SourceError, match="does not exist"):
         score(tmp_path / "nowhere", tmp_path / "out", ("demo_routing",), demo / "tasks")
+
+
+def test_damaged_weights_and_an_unknown_model_type_are_the_inputs_fault(demo, tmp_path):
+    tasks = write_task(tmp_path / "tasks")
+    model = Path(shutil.copytree(demo / "model", tmp_path / "model"))
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"qwen2"', '"gpt9"'))
+    with pytest.raises(UnsupportedModelError, match="gpt9"):
+        score(model, tmp_path / "out", ("own",), tasks)
+    with (model / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(SourceError, match=r"model\.safetensors is truncated"):
+        score(model, tmp_path / "out", ("own",), tasks)
+
+
+def test_paths_may_be_relative_to_the_working_folder(demo, tmp_path, monkeypatch):
+    write_task(tmp_path / "tasks")
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}<<{{ m['content'] }}>>{% endfor %}")
+    monkeypatch.chdir(tmp_path)
+    score(demo / "model", Path("out"), ("own",), Path("tasks"), chat_template="mine.jinja")
+    sample = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["arguments"][0][0] == "<<1+1?>>"
