@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from megatron_ext.config import DatasetFormat, Dtype, EvalConfig, TrainJobConfig, read_yaml, validated, with_overrides
-from megatron_ext.errors import MegatronFlowsError, OutputExistsError
+from megatron_ext.errors import MegatronFlowsError, OutputExistsError, UserError
 from megatron_ext.folders import published
 from megatron_ext.terminal import TerminalEvents
 
@@ -90,7 +90,7 @@ def convert(
     """Turn a Hugging Face model into a Megatron torch_dist checkpoint."""
     from megatron_ext.weights.convert import convert as convert_weights
 
-    with published(out, overwrite=overwrite, marker="convert") as partial, TerminalEvents() as events:
+    with published(out, overwrite=overwrite, marker="convert", inputs=[model]) as partial, TerminalEvents() as events:
         summary = convert_weights(model, partial, dtype=dtype, events=events)
     _report(summary, as_json, out)
 
@@ -107,7 +107,8 @@ def export(
     """Turn a Megatron checkpoint back into a Hugging Face model."""
     from megatron_ext.weights.export import export as export_weights
 
-    with published(out, overwrite=overwrite, marker="export") as partial, TerminalEvents() as events:
+    reads = [checkpoint, model]
+    with published(out, overwrite=overwrite, marker="export", inputs=reads) as partial, TerminalEvents() as events:
         summary = export_weights(checkpoint, model, partial, dtype=dtype, events=events)
     _report(summary, as_json, out)
 
@@ -125,7 +126,8 @@ def tokenize(
     """Turn conversations into idxmap tokens and loss masks."""
     from megatron_ext.data.tokenization import tokenize as tokenize_files
 
-    with published(out, overwrite=overwrite, marker="tokenize") as partial, TerminalEvents() as events:
+    reads = [*input, tokenizer]
+    with published(out, overwrite=overwrite, marker="tokenize", inputs=reads) as partial, TerminalEvents() as events:
         summary = tokenize_files(input, tokenizer, partial, format=format, chat_template=chat_template, events=events)
     _report(summary, as_json, out)
 
@@ -154,13 +156,13 @@ def train(
     set: Annotated[list[str] | None, typer.Option(help="Override, for instance train.lr=1e-5.")] = None,
 ) -> None:
     """Fine-tune a checkpoint; a rerun goes on from the last checkpoint. Works under any torchrun, too."""
+    from megatron_ext.platforms.base import select
+    from megatron_ext.training.loop import prepare
     from megatron_ext.worker import Job
 
     values = validated(TrainJobConfig, with_overrides(read_yaml(config), set or []), str(config))
     out = values.out.absolute()
-    if out.is_file():
-        raise OutputExistsError(f"out {out} is a file; choose a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    _require_training_folder(out)
     job = Job(
         job="train",
         config=values.train.model_dump(),
@@ -172,12 +174,26 @@ def train(
         events=out / "events.jsonl",
         runtime=values.runtime,
     )
+    prepare(job)  # what is refused leaves nothing behind, and a training that is there as it was
+    if values.runtime.platform != "auto":
+        select(values.runtime.platform)
+    out.mkdir(parents=True, exist_ok=True)
     job_file = out / "job.json"
     draft = out / f".job.{os.getpid()}.json"
     draft.write_text(job.model_dump_json(indent=1), encoding="utf-8")
     draft.replace(job_file)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "megatron_ext.worker", str(job_file)])
+
+
+def _require_training_folder(out: Path) -> None:
+    """Refuse a folder with something in it that no ``mflow train`` put there."""
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"out {out} is a file; choose a folder")
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    ours = {"job.json", "training_state.json"} & held or all(name.startswith(".job.") for name in held)
+    if held and not ours:
+        raise OutputExistsError(f"out {out} is not empty, and holds no training; choose another folder")
 
 
 @app.command(cls=VariadicCommand)
@@ -211,7 +227,8 @@ def evaluate(
         if out is None:
             tuned = scores(model, Path(scratch) / "model")
         else:
-            with published(out, overwrite=overwrite, marker="evaluate") as partial:
+            reads = [path for path in (model, baseline, include_path) if path]
+            with published(out, overwrite=overwrite, marker="evaluate", inputs=reads) as partial:
                 tuned = scores(model, partial)
     if as_json:
         typer.echo(json.dumps({"model": tuned, **({"baseline": base} if base else {})}))
@@ -241,6 +258,9 @@ def main() -> None:
     except MegatronFlowsError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+    except PermissionError as error:
+        sys.stderr.write(f"error: {error.filename or 'a file'}: {error.strerror}; check who may read and write it\n")
+        sys.exit(UserError.exit_code)
 
 
 if __name__ == "__main__":

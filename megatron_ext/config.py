@@ -193,8 +193,8 @@ def _sentence(cls: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = sorted(_fields_at(cls, path[:-1]))
         close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"unknown key {key!r}{hint} Available: {', '.join(known)}"
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown key {key!r}; {hint}Available: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{key!r} is missing"
     message = error["msg"].removeprefix("Value error, ")

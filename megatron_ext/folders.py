@@ -6,11 +6,12 @@ cleared, and it appears under its own name by one rename. A reader never sees ha
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import xxhash
@@ -18,6 +19,8 @@ import xxhash
 from megatron_ext.errors import DiskSpaceError, OutputExistsError, UserError
 
 CHUNK = 8 << 20
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def digest_file(path: Path) -> str:
@@ -53,9 +56,32 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise DiskSpaceError(
-            f"{purpose} needs {needed / 1e9:.2f} GB, but {existing} has {free / 1e9:.2f} GB free; "
+            f"{purpose} needs {_size(needed)}, but {existing} has {_size(free)} free; "
             "free some space or choose another disk"
         )
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Say plainly when the disk filled up while ``folder`` was written, although there seemed to be room before.
+
+    Raises:
+        DiskSpaceError: the disk, the quota or the file size limit is exhausted.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save hides the one behind the other
+        cause: BaseException | None = error
+        while cause is not None and getattr(cause, "errno", None) not in NO_ROOM:
+            cause = cause.__cause__ or cause.__context__
+        if not isinstance(cause, OSError):
+            raise
+        reason = f"cannot go on writing {folder}: {cause.strerror}; free some space or choose another disk"
+        raise DiskSpaceError(reason) from None
 
 
 @contextmanager
@@ -79,24 +105,30 @@ def folder_lock(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def published(out: Path, *, overwrite: bool = False, marker: str) -> Iterator[Path]:
+def published(out: Path, *, overwrite: bool = False, marker: str, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Build ``--out``: yields the partial folder, then fsyncs and renames it to ``out``.
 
     ``marker`` names the command (``"convert"``); its partial is ``.NAME.MARKER.partial`` beside ``out`` and is
     yielded as a killed attempt left it. Faulty input leaves nothing behind; a crash leaves the partial.
+    ``inputs`` are what the command reads: ``overwrite`` must not remove them.
 
     Raises:
-        OutputExistsError: ``out`` holds something and ``overwrite`` was not given.
+        OutputExistsError: ``out`` holds something and ``overwrite`` was not given, it holds an input, or it lies where
+            this user may not write.
     """
     out = out.absolute()
     _require_free(out, overwrite)
+    for path in inputs:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise OutputExistsError(f"--out {out} holds the input {path}, which would be lost; choose another folder")
     partial = out.parent / f".{out.name}.{marker}.partial"
     lock = out.parent / f".{out.name}.{marker}.lock"
-    with folder_lock(lock):
+    with _writable(out, folder_lock(lock)):
         try:
             _require_free(out, overwrite)  # another process may have published it meanwhile
             partial.mkdir(exist_ok=True)
-            yield partial
+            with full_disk_named(out):
+                yield partial
             fsync_tree(partial)
             replace_folder(partial, out)
         except UserError:
@@ -104,6 +136,18 @@ def published(out: Path, *, overwrite: bool = False, marker: str) -> Iterator[Pa
             raise
         finally:
             lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writable(out: Path, lock: AbstractContextManager[int]) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock)
+        except OSError as error:
+            if error.errno not in NOT_OURS:
+                raise
+            raise OutputExistsError(f"cannot write --out {out}: {error.strerror}; choose another folder") from None
+        yield
 
 
 def _require_free(out: Path, overwrite: bool) -> None:

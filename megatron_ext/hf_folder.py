@@ -51,7 +51,7 @@ def weight_files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{index} is damaged: {error}; download it again") from None
         if missing := [name for name in names if not (folder / name).exists()]:
             raise SourceError(f"{index} names {missing[0]}, which is not in {folder}; download the model again")

@@ -6,7 +6,6 @@ on this thread while the tokenizer's threads encode the batch before.
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,9 +26,9 @@ from megatron_ext.data.idxmap import IdxmapWriter, token_dtype
 from megatron_ext.data.manifest import DatasetManifest, LengthStatistics, SourceFile, TemplateRecord
 from megatron_ext.data.rendering import ChatTemplate, Rendered
 from megatron_ext.data.sources import read_rows, require_file
-from megatron_ext.errors import ChatTemplateError, DatasetFormatError, DiskSpaceError, SourceError
+from megatron_ext.errors import ChatTemplateError, DatasetFormatError, SourceError
 from megatron_ext.events import Events
-from megatron_ext.folders import digest_file, require_space
+from megatron_ext.folders import digest_file, full_disk_named, require_space
 from megatron_ext.hf_folder import tokenizer_digest
 from megatron_ext.worker import Job
 
@@ -119,7 +118,7 @@ def tokenize(
     out.mkdir(parents=True, exist_ok=True)
     for name in OUTPUTS:
         (out / name).unlink(missing_ok=True)
-    try:
+    with full_disk_named(out):
         statistics = _write(checked, template, encoder, out, dtype, events)
         shutil.copyfile(tokenizer / names.TOKENIZER, out / names.TOKENIZER)
         lengths = np.concatenate(statistics.lengths)
@@ -140,10 +139,6 @@ def tokenize(
         )
         _require_sensible_mask(manifest, source.name)
         manifest.write(out)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise DiskSpaceError(f"no space left while writing the dataset to {out}; free some and run again") from None
     seconds = time.monotonic() - started
     kept = manifest.model_dump(
         include={"documents", "tokens", "trained_tokens", "untrained_documents", "row_format", "why", "dtype"}

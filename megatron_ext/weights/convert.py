@@ -20,7 +20,7 @@ from megatron_ext.events import Events
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture, ModelFamily, Weight
 from megatron_ext.families.hf_config import read_architecture, unread_keys
-from megatron_ext.folders import require_space
+from megatron_ext.folders import full_disk_named, require_space
 from megatron_ext.hf_folder import read_config, tokenizer_digest
 from megatron_ext.weights.hf import SHORT, SafetensorsReader, short_name
 from megatron_ext.weights.manifest import (
@@ -149,7 +149,8 @@ def emptied_on_failure(folder: Path) -> Iterator[None]:
     """Start with an empty ``folder`` (a killed attempt may have left something) and leave none of it on an error."""
     _empty(folder)
     try:
-        yield
+        with full_disk_named(folder):
+            yield
     except BaseException:
         _empty(folder)
         raise

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,55 @@ def test_several_values_may_follow_one_flag(without_prefect, tmp_path):
     again = mflow("tokenize", "--input", *files, "--tokenizer", folder, "--out", out, cwd=tmp_path)
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
+
+
+def limited_to_small_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_disk_that_fills_up_exits_with_2_and_leaves_nothing(command, tmp_path):
+    from tiny import write_model
+
+    model = write_model(tmp_path / "model")
+    inputs = ["--model", str(model)]
+    if command == "export":
+        assert mflow("convert", *inputs, "--out", "checkpoint", cwd=tmp_path).returncode == 0
+        inputs += ["--checkpoint", "checkpoint"]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    line = [sys.executable, "-m", "megatron_ext.cli", command, *inputs, "--out", "out"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limited_to_small_files)
+    assert done.returncode == 2, done.stderr
+    assert "free some space" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_refused_training_leaves_nothing_and_touches_no_other(tmp_path):
+    from training import TRAIN, write_checkpoint, write_dataset
+
+    checkpoint = write_checkpoint(tmp_path / "base")
+    dataset = write_dataset(tmp_path / "data", checkpoint, [20, 30, 40, 20])
+    mine = {"model": {"checkpoint": str(checkpoint)}, "data": {"dataset": str(dataset)}, "train": TRAIN}
+    (tmp_path / "job.yaml").write_text(json.dumps({**mine, "runtime": {"platform": "cpu"}, "out": "out"}))
+
+    def train(*overrides: str) -> subprocess.CompletedProcess[str]:
+        return mflow("train", "job.yaml", *(part for o in overrides for part in ("--set", o)), cwd=tmp_path)
+
+    for fault in (
+        "model.checkpoint=absent",
+        "data.dataset=absent",
+        "runtime.micro_batch_size=3",
+        "runtime.platform=npu",
+    ):
+        assert train(fault).returncode == 2, fault
+        assert not (tmp_path / "out").exists(), fault
+    foreign = train(f"out={tmp_path / 'base' / 'hf'}")
+    assert foreign.returncode == 2
+    assert "holds no training" in foreign.stderr
+
+    done = train("train.train_iters=1", "train.lr_warmup_iters=0")
+    assert done.returncode == 0, done.stderr
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert train("train.lr=1e-2").returncode == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before

@@ -1,12 +1,13 @@
 """--out: published whole or not at all."""
 
+import errno
 import threading
 from pathlib import Path
 
 import pytest
 
 from megatron_ext.errors import DiskSpaceError, OutputExistsError, SourceError
-from megatron_ext.folders import digest_file, folder_lock, published, require_space
+from megatron_ext.folders import digest_file, folder_lock, full_disk_named, published, require_space
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -92,3 +93,30 @@ def test_digest_tells_files_of_the_same_size_apart(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 1000)
     (tmp_path / "b").write_bytes(b"x" * 999 + b"y")
     assert digest_file(tmp_path / "a") != digest_file(tmp_path / "b")
+
+
+def test_overwriting_what_the_command_reads_is_refused(tmp_path):
+    (tmp_path / "model" / "more").mkdir(parents=True)
+    for read in (tmp_path / "model", tmp_path / "model" / "more"):
+        again = published(tmp_path / "model", overwrite=True, marker="export", inputs=[read])
+        with pytest.raises(OutputExistsError, match="would be lost"), again:
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_place_that_cannot_be_written_is_refused():
+    with pytest.raises(OutputExistsError, match="cannot write --out /proc/nowhere"):
+        with published(Path("/proc/nowhere"), marker="convert"):
+            pass
+
+
+def test_a_disk_that_fills_up_is_named_also_where_torch_hides_it(tmp_path):
+    with pytest.raises(DiskSpaceError, match="No space left on device; free some space"), full_disk_named(tmp_path):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
+    with pytest.raises(RuntimeError, match="another"), full_disk_named(tmp_path):
+        raise RuntimeError("another")
+    with pytest.raises(IsADirectoryError), full_disk_named(tmp_path):
+        tmp_path.read_text()
