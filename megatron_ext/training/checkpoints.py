@@ -62,7 +62,7 @@ def load_weights(model: Any, checkpoint: Path) -> None:
     """
     folder = latest_folder(checkpoint)
     try:
-        loaded = dist_checkpointing.load(model.sharded_state_dict(metadata=_sharding()), str(folder))
+        loaded = dist_checkpointing.load(_weights(model), str(folder))
     except (dist_checkpointing.core.CheckpointingException, OSError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"cannot read the weights in {folder}: {error}; convert the model again") from error
     model.load_state_dict(loaded, strict=False)
@@ -96,7 +96,7 @@ def resume(out: Path, state: TrainingState) -> bool:
     common = dist_checkpointing.load_common_state_dict(str(folder))
     _check_resumable(folder, common, state.layout())
     same_layout = common["layout"] == state.layout()
-    weights = state.model.sharded_state_dict(metadata=_sharding())
+    weights = _weights(state.model)
     wanted = {
         "model": weights,
         "optimizer": state.optimizer.sharded_state_dict(
@@ -202,6 +202,14 @@ def _sharding(optimizer_format: str | None = None) -> dict[str, Any]:
     """What ``sharded_state_dict`` must know."""
     known = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     return {**known, "distrib_optim_sharding_type": optimizer_format} if optimizer_format else known
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    """What to read of ``model``: its tensors. Transformer Engine's layers keep objects for FP8 beside them, and some
+    of those are missing in a checkpoint that layers without it wrote.
+    """
+    state = model.sharded_state_dict(metadata=_sharding())
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
 def _types(folder: Path) -> dict[str, torch.dtype]:

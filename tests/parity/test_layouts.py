@@ -60,3 +60,15 @@ def test_tensor_parallel_checkpoints_of_this_test_are_really_split_and_padded(ch
     reader = TorchDistReader(checkpoints / "llama, odd vocabulary" / "tp 2" / "iter_0000007")
     assert reader.shapes["embedding.word_embeddings.weight"] == (510, 64)
     assert len(reader._chunks["decoder.layers.mlp.linear_fc1.weight"]) == 4 * 4  # layers x (gate, up) x tp
+
+
+def test_weights_load_without_the_objects_that_transformer_engine_keeps_beside_them(tmp_path, monkeypatch):
+    """As the other way round: with Transformer Engine from a checkpoint that was trained without it."""
+    monkeypatch.setattr("megatron_ext.weights.convert.EXTRA_STATES", ())
+    model, out = write_model(tmp_path / "hf", num_hidden_layers=2), tmp_path / "checkpoint"
+    out.mkdir()
+    convert(model, out, dtype=None, events=Events())
+    torch.save(torch.arange(12)[None], tmp_path / "tokens.pt")
+    step = {"checkpoint": str(out), "tp": 1, "pp": 1, "tokens": str(tmp_path / "tokens.pt")}
+    run_worker([step | {"logits": str(tmp_path / "logits.pt")}], tmp_path)
+    assert torch.load(tmp_path / "logits.pt").isfinite().all()
