@@ -75,6 +75,15 @@ def find_template(name: str | None, tokenizer_folder: Path) -> TemplateSource:
     raise ChatTemplateError(unknown("chat template", name, {*known, *own} - {OWN}, remedy))
 
 
+def own_template(tokenizer_folder: Path) -> str | None:
+    """The model's default chat template, if it has one.
+
+    Raises:
+        SourceError: a file of the tokenizer is damaged.
+    """
+    return _own_templates(tokenizer_folder).get(OWN)
+
+
 def chat_template_identity(name: str | None, tokenizer_folder: Path) -> str:
     """Digest of the template that would be used: equal wherever it lies and whatever it is called.
 

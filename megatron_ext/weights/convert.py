@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_ext.data.chat_templates import own_template
 from megatron_ext.errors import ConfigError, SourceError, WeightMappingError, unknown
 from megatron_ext.events import Events
 from megatron_ext.families import find_family
@@ -26,7 +27,6 @@ from megatron_ext.weights.hf import SHORT, SafetensorsReader, short_name
 from megatron_ext.weights.manifest import (
     CheckpointManifest,
     iteration_folder,
-    read_chat_template,
     write_latest,
     write_manifest,
 )
@@ -65,12 +65,12 @@ def convert(model: Path, out: Path, *, dtype: str | None, events: Events) -> dic
     check_coverage(family, architecture, plan, source, model)
     dtypes = checkpoint_dtypes(plan, source, dtype)
     total = sum(prod(shape) * dtypes[key].itemsize for key, shape in {w.key: w.shape for w in plan}.items())
+    manifest = _manifest(model, config, architecture, plan, source, dtypes, keep_own=dtype is None)
     with emptied_on_failure(out):
         require_space(
             out, total + BLOB_OVERHEAD * (6 * len(plan) + total // MAX_CHUNK_BYTES), "the converted checkpoint"
         )
         _write_weights(iteration_folder(out, "release"), architecture, plan, source, dtypes, events, total)
-        manifest = _manifest(model, config, architecture, plan, source, dtypes, keep_own=dtype is None)
         write_manifest(out, manifest)
         write_latest(out, "release")
     parameters = sum(prod(shape) for shape in {w.key: w.shape for w in plan}.values())
@@ -215,6 +215,6 @@ def _manifest(
         vocab_size=architecture.vocab_size,
         padded_vocab_size=architecture.vocab_size,
         tokenizer_digest=tokenizer_digest(model),
-        chat_template=read_chat_template(model),
+        chat_template=own_template(model),
         iteration="release",
     )

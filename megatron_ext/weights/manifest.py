@@ -6,7 +6,6 @@ A checkpoint folder holds ``latest_checkpointed_iteration.txt`` (``release`` aft
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -111,18 +110,6 @@ def latest_folder(folder: Path) -> Path:
     if not found.is_dir():
         raise CheckpointError(f"{folder / LATEST} points to {found.name}, which is not in {folder}")
     return found
-
-
-def read_chat_template(model: Path) -> str | None:
-    """The default chat template of a Hugging Face folder: its own file, else the one in tokenizer_config.json."""
-    if (model / "chat_template.jinja").exists():
-        return (model / "chat_template.jinja").read_text(encoding="utf-8")
-    if not (model / "tokenizer_config.json").exists():
-        return None
-    template = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
 
 
 def _replace(path: Path, text: str) -> None:

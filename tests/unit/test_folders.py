@@ -105,9 +105,9 @@ def test_overwriting_what_the_command_reads_is_refused(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_refused():
-    with pytest.raises(OutputExistsError, match="cannot write --out /proc/nowhere"):
-        with published(Path("/proc/nowhere"), marker="convert"):
-            pass
+    nowhere = published(Path("/proc/nowhere"), marker="convert")
+    with pytest.raises(OutputExistsError, match="cannot write --out /proc/nowhere"), nowhere:
+        pass
 
 
 def test_a_disk_that_fills_up_is_named_also_where_torch_hides_it(tmp_path):

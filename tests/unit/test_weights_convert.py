@@ -174,6 +174,17 @@ def test_a_shape_that_contradicts_the_config_is_named(model, out):
     refused(model, out, WeightMappingError, "gate_proj", "[160, 64]", "[128, 64]")
 
 
+def test_a_damaged_tokenizer_file_is_named(model, out):
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    (model / "tokenizer_config.json").write_text("{")
+    refused(model, out, SourceError, "tokenizer_config.json", "not valid JSON")
+
+
+def test_an_index_of_another_shape_is_named(model, out):
+    (model / "model.safetensors.index.json").write_text("[]")
+    refused(model, out, SourceError, "model.safetensors.index.json", "damaged")
+
+
 def test_rotary_buffers_of_old_files_are_not_weights(model, out, tmp_path):
     change_weights(model, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
     convert(model, out, dtype=None, events=Events())
