@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from typing import Annotated
 
@@ -66,13 +65,13 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Remove logs, damaged folders and unfinished builds (what a stopped training saved, too), and named artifacts."""
-    store = Store.current()
+    store, done = Store.current(), "would remove" if dry_run else "removed"
     chosen = [store.find(one) for one in name or []]
-    for path in store.leftovers():
-        typer.echo(f"{'would remove' if dry_run else 'removed'}  {path}")
-        if not dry_run:
-            shutil.rmtree(path, ignore_errors=True)
-    for manifest in chosen:
-        typer.echo(f"{'would remove' if dry_run else 'removed'}  {store.folder(manifest.kind, manifest.fingerprint)}")
-        if not dry_run:
-            store.remove(manifest)
+    with store.writing():
+        for path in store.leftovers():
+            if dry_run or store.discard(path):
+                typer.echo(f"{done}  {path}")
+        for manifest in chosen:
+            if not dry_run:
+                store.remove(manifest)
+            typer.echo(f"{done}  {store.folder(manifest.kind, manifest.fingerprint)}")

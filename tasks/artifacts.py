@@ -7,6 +7,7 @@ and Prefect then runs the stage again.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -57,12 +58,13 @@ class Sources(Artifact):
     @property
     def model(self) -> Input:
         """The Hugging Face folder: config, weights, tokenizer."""
-        return Input(self.model_digest, lambda: str(self.folder / "model"), "model.path")
+        return self._part(self.model_digest, "model", lambda: str(self.folder / "model"), "model.path")
 
     @property
     def tokenizer(self) -> Input:
         """The same folder for a stage that reads only the tokenizer in it."""
-        return Input(self.tokenizer_digest, lambda: str(self.folder / "model"), "the tokenizer in model.path")
+        name = "the tokenizer in model.path"
+        return self._part(self.tokenizer_digest, "model", lambda: str(self.folder / "model"), name)
 
     @property
     def data(self) -> Input:
@@ -72,14 +74,17 @@ class Sources(Artifact):
             folders = sorted((self.folder / "data").iterdir(), key=lambda p: int(p.name))
             return [str(file) for folder in folders for file in folder.iterdir()]
 
-        return Input(list(self.data_digests), files, "data.files")
+        return self._part(list(self.data_digests), "data", files, "data.files")
 
     @property
     def tasks(self) -> Input | None:
         """Folder of local benchmark tasks, if the recipe names one."""
         if self.tasks_digest is None:
             return None
-        return Input(self.tasks_digest, lambda: str(self.folder / "tasks"), "evaluate.include_path")
+        return self._part(self.tasks_digest, "tasks", lambda: str(self.folder / "tasks"), "evaluate.include_path")
+
+    def _part(self, identity: Any, part: str, locate: Callable[[], Any], name: str) -> Input:
+        return Input(identity, locate, name, lambda: Store.current().link_faults(self.kind, self.fingerprint, part))
 
 
 class Demo(Artifact):

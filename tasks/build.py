@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_ext.config import RuntimeConfig
 from tasks.identity import fingerprint, stable
@@ -22,12 +22,8 @@ class Input:
     """Gives the path, or list of paths, that the job reads; called when the job starts."""
     name: str
     """What a person calls it: a key of the recipe, or ``kind/fingerprint`` of an artifact."""
-
-
-class Launch(Protocol):
-    """Runs one job of the engine in a process of its own and waits for it."""
-
-    def __call__(self, job: str, config: Mapping[str, Any], inputs: Mapping[str, Any], out: Path) -> dict[str, Any]: ...
+    changes: Callable[[], list[str]] = list
+    """Says what of it is no longer what ``identity`` stands for: a user's file may change while a job reads it."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,6 @@ class Build:
     """Fills the partial folder instead of a job."""
     planned: Mapping[str, Any] = field(default_factory=dict)
     """The pointer's further fields as far as they are known before it is built."""
-    space: int = 0
-    """Bytes that the job will need on the store's disk, roughly."""
 
     def document(self, stage: str, version: int) -> dict[str, Any]:
         """The identity in the clear; kept in the manifest so that a later run can say what changed."""
@@ -72,3 +66,7 @@ class Build:
     def named(self) -> dict[str, Any]:
         """Role -> what a person calls the input, for the manifest."""
         return {role: given.name for role, given in self.inputs.items() if given is not None}
+
+    def changes(self) -> list[str]:
+        """Which inputs are no longer what was hashed."""
+        return [change for given in self.inputs.values() if given is not None for change in given.changes()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import xxhash
@@ -67,24 +67,34 @@ def _sampled(path: Path, size: int) -> str:
 
 
 class SourceDigests:
-    """Digests of the user's files, remembered by path, size, mtime and inode."""
+    """Digests of the user's files, remembered by path, size, mtime and inode; not where nothing can be written."""
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
         self._path = root / MEMO
 
     def digest(self, path: Path) -> str:
         """xxh3-128 of the file, read only when it is new or has changed."""
         stat = path.stat()
         key = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-        with closing(sqlite3.connect(self._path, timeout=60)) as memo, memo:
-            memo.execute("create table if not exists digests (path, size, mtime_ns, inode, digest, primary key (path))")
+        with suppress(OSError, sqlite3.Error):
+            if known := self._recall(key):
+                return known
+        found = digest_file(path)
+        with suppress(OSError, sqlite3.Error):
+            self._remember(key, found)
+        return found
+
+    def _recall(self, key: tuple[str, int, int, int]) -> str | None:
+        if not self._path.exists():
+            return None
+        with closing(sqlite3.connect(self._path, timeout=60)) as memo:
             row = memo.execute(
                 "select digest from digests where path=? and size=? and mtime_ns=? and inode=?", key
             ).fetchone()
-        if row:
-            return row[0]
-        found = digest_file(path)
+        return row[0] if row else None
+
+    def _remember(self, key: tuple[str, int, int, int], digest: str) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self._path, timeout=60)) as memo, memo:
-            memo.execute("insert or replace into digests values (?, ?, ?, ?, ?)", (*key, found))
-        return found
+            memo.execute("create table if not exists digests (path, size, mtime_ns, inode, digest, primary key (path))")
+            memo.execute("insert or replace into digests values (?, ?, ?, ?, ?)", (*key, digest))

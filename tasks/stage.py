@@ -7,6 +7,7 @@ pointer; called inside ``planning()`` it only says whether it would be cached. P
 from __future__ import annotations
 
 import functools
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from megatron_ext.errors import JobInterrupted, UserError
+from megatron_ext.errors import JobInterrupted, SourceError, UserError, WorkerFailedError
 from megatron_ext.folders import require_space
 from megatron_ext.worker import Job
 from tasks.artifacts import Artifact
@@ -24,6 +25,7 @@ from tasks.launch.local import LocalLauncher
 from tasks.store import Manifest, Store
 
 A = TypeVar("A", bound=Artifact)
+LEAST_SPACE = 1 << 20
 RESULTS = ".prefect-results"
 """Folder of Prefect's records, inside the store, so that a record never points to another store."""
 
@@ -52,7 +54,7 @@ def produce(spec: Spec[A], build: Build, watcher: base.Watcher | None = None) ->
     name = build.fingerprint(spec.identity, spec.version)
     if found := store.look_up(kind, name):
         return found, False
-    with store.locked(kind, name, _give_up_when_stopping) as lock:
+    with store.writing(), store.locked(kind, name, _give_up_when_stopping) as lock:
         if found := store.look_up(kind, name):
             return found, False
         started, partial = time.monotonic(), store.open_partial(kind, name)
@@ -78,8 +80,6 @@ def _run_job(spec: Spec[A], build: Build, name: str, lock: int, watcher: base.Wa
     store, kind = Store.current(), spec.makes.kind
     assert build.job is not None
     work = store.work(kind, name)
-    if build.space:
-        require_space(store.root, build.space, f"stage {spec.identity}")
     job = Job(
         job=build.job,
         config=dict(build.config),
@@ -88,10 +88,25 @@ def _run_job(spec: Spec[A], build: Build, name: str, lock: int, watcher: base.Wa
         events=work / base.EVENTS,
         runtime=build.runtime,
     )
+    _require_unchanged(build)
     try:
-        return Made(base.run(LocalLauncher(), job, work, lock, watcher, spec.identity), {}, {})
+        summary = base.run(LocalLauncher(), job, work, lock, watcher, spec.identity)
     except UserError as error:
         raise type(error)(store.with_origins(str(error))) from None
+    except WorkerFailedError:
+        require_space(store.root, LEAST_SPACE, f"stage {spec.identity}")  # a full disk cuts the log off, too
+        raise
+    try:
+        _require_unchanged(build)
+    except SourceError:
+        shutil.rmtree(job.out)
+        raise
+    return Made(summary, {}, {})
+
+
+def _require_unchanged(build: Build) -> None:
+    if changes := build.changes():
+        raise SourceError(f"{changes[0]} since this run began; run it again to take it as it is now")
 
 
 def _give_up_when_stopping() -> None:

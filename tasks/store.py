@@ -6,6 +6,7 @@ again, build in ``<kind>/.partial-<fingerprint>``, manifest, fsync, rename. No P
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -21,13 +22,14 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from megatron_ext.config import Section
-from megatron_ext.errors import SourceError
-from megatron_ext.folders import fsync_tree
+from megatron_ext.errors import ConfigError, SourceError
+from megatron_ext.folders import fsync_tree, full_disk_named
 from tasks.digests import Checksum, checksum, same_content
 
 ROOT = "MFLOW_ARTIFACTS"
 MANIFEST = "artifact.json"
-PARTIAL, LOCK, ASIDE = ".partial-", ".lock-", ".damaged-"
+PARTIAL, LOCK, ASIDE, REMOVED = ".partial-", ".lock-", ".damaged-", ".removed"
+FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 PACKAGES = ("megatron-flows", "torch", "megatron-core", "transformers", "tokenizers", "lm-eval")
 
 
@@ -100,6 +102,15 @@ class Store:
         """The manifest of an artifact that is there and undamaged, else None."""
         manifest = self.manifest(kind, fingerprint)
         return manifest if manifest and not self.faults(manifest) else None
+
+    def link_faults(self, kind: str, fingerprint: str, part: str) -> list[str]:
+        """One sentence for each of the user's files, linked below ``part``, that changed since it was pinned."""
+        manifest = self.manifest(kind, fingerprint)
+        links = manifest.links if manifest else {}
+        folder = self.folder(kind, fingerprint)
+        return [
+            w for name, link in links.items() if name.startswith(f"{part}/") for w in _link_faults(folder / name, link)
+        ]
 
     def faults(self, manifest: Manifest, *, full: bool = False) -> list[str]:
         """What is wrong with an artifact: one sentence for each missing or changed file.
@@ -207,17 +218,45 @@ class Store:
         raise SourceError(f"{name!r} {fault} in {self.root}; there are: {known}")
 
     def leftovers(self) -> list[Path]:
-        """Partials that nobody builds any more, damaged folders set aside, and work folders without an artifact."""
+        """Partials that nobody builds any more, damaged folders set aside, and work folders of jobs that ended."""
         paths = [*self.root.glob(f"*/{PARTIAL}*"), *self.root.glob(f"*/{ASIDE}*"), *self.root.glob(".work/*")]
         return sorted(path for path in paths if not self._in_use(path))
 
-    def _in_use(self, path: Path) -> bool:
-        kind, name = path.parent.name, path.name
-        if kind == ".work":
-            kind, _, name = name.partition("-")
-        lock = self.root / kind / f"{LOCK}{name.removeprefix(PARTIAL)}"
+    def discard(self, leftover: Path) -> bool:
+        """Delete one of ``leftovers``; False when somebody has begun to build there meanwhile."""
+
+        class TakenUpError(Exception):
+            pass
+
+        def give_up() -> None:
+            raise TakenUpError
+
         try:
-            descriptor = os.open(lock, os.O_RDWR)
+            with self.locked(*_artifact_of(leftover), give_up):
+                shutil.rmtree(leftover)
+        except TakenUpError:
+            return False
+        return True
+
+    def remove(self, manifest: Manifest) -> None:
+        """Delete one artifact; a reader sees it whole or not at all.
+
+        Raises:
+            SourceError: a job that runs now reads it.
+        """
+        folder = self.folder(manifest.kind, manifest.fingerprint)
+        for job in self.root.glob(".work/*/job.json"):
+            if str(folder) in job.read_text(encoding="utf-8") and self._in_use(job.parent):
+                raise SourceError(f"{folder} is in use by {job.parent.name}; remove it when that has ended")
+        with self.locked(manifest.kind, manifest.fingerprint):
+            doomed = self.partial(manifest.kind, f"{manifest.fingerprint}{REMOVED}")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def _in_use(self, path: Path) -> bool:
+        kind, fingerprint = _artifact_of(path)
+        try:
+            descriptor = os.open(self.root / kind / f"{LOCK}{fingerprint}", os.O_RDONLY)
         except FileNotFoundError:
             return False
         try:
@@ -228,12 +267,38 @@ class Store:
             os.close(descriptor)
         return False
 
-    def remove(self, manifest: Manifest) -> None:
-        """Delete one artifact; a reader sees it whole or not at all."""
-        with self.locked(manifest.kind, manifest.fingerprint):
-            doomed = self.partial(manifest.kind, f"{manifest.fingerprint}.removed")
-            self.folder(manifest.kind, manifest.fingerprint).rename(doomed)
-            shutil.rmtree(doomed)
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, a disk that is full or not ours to write on is the user's to mend.
+
+        Raises:
+            DiskSpaceError: no room is left.
+            ConfigError: the store cannot be written.
+        """
+        try:
+            with full_disk_named(self.root):
+                yield
+        except OSError as error:
+            if error.errno in FORBIDDEN and self._concerns(error.filename):
+                raise ConfigError(
+                    f"cannot write to the artifact store: {error.filename}: {error.strerror}; name another folder "
+                    f"with {ROOT}"
+                ) from None
+            raise
+
+    def _concerns(self, name: str | None) -> bool:
+        path = Path(name or self.root)
+        return path == self.root or path in self.root.parents or self.root in path.parents
+
+
+def _artifact_of(path: Path) -> tuple[str, str]:
+    """Kind and fingerprint of the artifact to which a leftover belongs."""
+    kind, name = path.parent.name, path.name
+    if kind == ".work":
+        kind, _, name = name.partition("-")
+    if name.startswith(ASIDE):
+        return kind, name.removeprefix(ASIDE).rpartition("-")[0]
+    return kind, name.removeprefix(PARTIAL).removesuffix(REMOVED)
 
 
 def _link_faults(path: Path, link: Link) -> list[str]:

@@ -131,6 +131,7 @@ def run(launcher: Launcher, job: Job, work: Path, lock: int, watcher: Watcher, n
     """
     work.mkdir(parents=True, exist_ok=True)
     (work / EVENTS).unlink(missing_ok=True)
+    written_before = (work / LOG).stat().st_size if (work / LOG).exists() else 0
     tail, events, course = Tail(work / LOG), Follower(work / EVENTS), Course()
     with STOPPING.job():
         handle = launcher.submit(job, work, lock)
@@ -139,7 +140,7 @@ def run(launcher: Launcher, job: Job, work: Path, lock: int, watcher: Watcher, n
         finally:
             if handle.exit_code() != 0:
                 handle.kill(course.ranks)  # an agent that was killed leaves its ranks behind
-    return _outcome(course, code, work / LOG, name)
+    return _outcome(course, code, work / LOG, written_before, name)
 
 
 def _follow(handle: Handle, course: Course, events: Follower, tail: Tail, watcher: Watcher, grace: float) -> int:
@@ -164,7 +165,7 @@ def _follow(handle: Handle, course: Course, events: Follower, tail: Tail, watche
             time.sleep(POLL_SECONDS)
 
 
-def _outcome(course: Course, code: int, log: Path, name: str) -> dict[str, Any]:
+def _outcome(course: Course, code: int, log: Path, written_before: int, name: str) -> dict[str, Any]:
     if course.error is not None:
         cause = getattr(errors, str(course.error["type"]), MegatronFlowsError)
         raise cause(course.error["message"])
@@ -177,15 +178,15 @@ def _outcome(course: Course, code: int, log: Path, name: str) -> dict[str, Any]:
         raise JobInterrupted(f"{name} was stopped before it finished; run it again to go on")
     by_signal = -code if code < 0 else code - 128
     ended = f"was killed by signal {by_signal}" if by_signal > 0 else f"ended with exit code {code}"
-    raise WorkerFailedError(f"{name} {ended}; the last lines of {log}:\n{last_lines(log)}")
+    raise WorkerFailedError(f"{name} {ended}; the last lines of {log}:\n{last_lines(log, written_before)}")
 
 
-def last_lines(log: Path, count: int = LOG_LINES) -> str:
-    """The end of a log file."""
+def last_lines(log: Path, start: int = 0, count: int = LOG_LINES) -> str:
+    """The end of a log file, of what stands behind byte ``start``: earlier attempts write into the same file."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 400 * count))
+            file.seek(max(start, log.stat().st_size - 400 * count))
             lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return "(no log)"
-    return "\n".join(lines[-count:])
+    return "\n".join(lines[-count:]) or "(it wrote nothing)"

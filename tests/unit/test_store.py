@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.errors import SourceError
+from megatron_ext.errors import ConfigError, DiskSpaceError, SourceError
+from megatron_ext.folders import digest_file
 from tasks.digests import SMALL, Checksum, SourceDigests, checksum, same_content
+from tasks.launch.base import last_lines
 from tasks.store import MANIFEST, Link, Manifest, Store
 
 KNOWN = {"stage": "a-stage", "version": 1, "kind": "things", "identity": {"stage": "a-stage"}, "seconds": 0.1}
@@ -215,3 +218,71 @@ def test_an_error_about_a_link_names_the_users_own_file(store: Store, tmp_path: 
         f"{source}: row 1 is empty; see {source}, please"
     )
     assert store.with_origins(f"{store.root}/x is not a link") == f"{store.root}/x is not a link"
+
+
+def test_pruning_waits_for_no_one_and_deletes_nothing_that_is_being_built(store: Store, tmp_path: Path) -> None:
+    make(store)
+    (store.folder("things", "f1") / "sub" / "file.txt").write_text("hellO")
+    builder = _builder(store, tmp_path / "mark", 60)
+    _wait_for(tmp_path / "mark")
+    aside = next(store.root.glob("things/.damaged-f1-*"))
+    assert not store.discard(store.partial("things", "f1"))  # listed as a leftover before the builder came
+    assert not store.discard(aside)
+    assert store.partial("things", "f1").is_dir()
+    builder.kill()
+    builder.wait()
+    assert set(store.leftovers()) == {store.partial("things", "f1"), aside}
+    assert all(store.discard(path) for path in store.leftovers())
+    assert store.leftovers() == []
+
+
+def test_an_artifact_that_a_running_job_reads_is_not_removed(store: Store) -> None:
+    manifest = make(store)
+    work = store.work("others", "g1")
+    work.mkdir(parents=True)
+    (work / "job.json").write_text(json.dumps({"inputs": {"model": str(store.folder("things", "f1"))}}))
+    with store.locked("others", "g1"), pytest.raises(SourceError, match="in use by others-g1"):
+        store.remove(manifest)
+    store.remove(manifest)
+    assert store.artifacts() == []
+
+
+def test_a_full_or_forbidden_disk_is_an_error_with_a_remedy(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(DiskSpaceError, match="free some space"), store.writing():
+        Path("/dev/full").write_text("x")
+    (tmp_path / "file").write_text("")
+    nowhere = Store(tmp_path / "file")
+    with pytest.raises(ConfigError, match="MFLOW_ARTIFACTS"), nowhere.writing(), nowhere.locked("things", "f1"):
+        pass
+    with pytest.raises(NotADirectoryError), store.writing():
+        (tmp_path / "file" / "of_the_user").read_text()
+
+
+def test_a_source_can_be_read_where_nothing_can_be_remembered(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("one")
+    assert SourceDigests(tmp_path / "file").digest(tmp_path / "file") == digest_file(tmp_path / "file")
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "source.txt"
+    source.write_text("one")
+    stat = source.stat()
+    link = Link(target=str(source), digest="d", size=3, mtime_ns=stat.st_mtime_ns, inode=stat.st_ino)
+    with store.locked("things", "f2"):
+        partial = store.open_partial("things", "f2")
+        (partial / "data").mkdir()
+        (partial / "data" / "x").symlink_to(source)
+        store.publish(partial, {"data/x": link}, fingerprint="f2", **KNOWN)
+    assert store.link_faults("things", "f2", "data") == []
+    source.write_text("two!")
+    assert store.link_faults("things", "f2", "data") == [f"{source} has changed"]
+    assert store.link_faults("things", "f2", "model") == []
+
+
+def test_the_last_lines_are_those_of_this_attempt(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("fault of the first attempt\n")
+    first = log.stat().st_size
+    assert last_lines(log, first) == "(it wrote nothing)"
+    log.write_text(log.read_text() + "a\nb\n")
+    assert last_lines(log, first) == "a\nb"
