@@ -114,10 +114,10 @@ def explain_recipe(name: str, path: Path, overrides: list[str], as_json: bool) -
         UserError: the recipe or a source does not fit.
     """
     module, sections = flow_module(name), sections_of(load_recipe(path, overrides))
-    check_recipe(**sections, download=False)
+    architecture = check_recipe(**sections, download=False)
     plan = planned_stages(module.sentence, sections)
     stages = explain(plan)
-    steps, needed = steps_to_run(plan), disk_needed(plan)
+    steps, needed = steps_to_run(plan), disk_needed(plan, architecture)
     if as_json:
         listed = [
             {"name": s.stage, "state": "cached" if s.cached else "will build", "reason": s.reason or None}
@@ -129,6 +129,5 @@ def explain_recipe(name: str, path: Path, overrides: list[str], as_json: bool) -
     lines = [f"{s.stage:<{width}}  " + ("cached" if s.cached else f"will build, because {s.reason}") for s in stages]
     lines.append(f"training: {steps.sentence()}" if steps else "training: nothing to do")
     free = shutil.disk_usage(next(p for p in [Store.current().root, *Store.current().root.parents] if p.exists())).free
-    need = "needs are known when the model is pinned" if needed is None else f"about {needed / 1e9:.2f} GB needed"
-    lines.append(f"disk: {need}, {free / 1e9:.1f} GB free in {Store.current().root}")
+    lines.append(f"disk: about {needed / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free in {Store.current().root}")
     return "\n".join(lines)

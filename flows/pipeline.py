@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from flows.quiet import quieten
@@ -22,21 +23,27 @@ def as_flow(sentence: Callable[..., Any], name: str) -> Any:
 
     quieten()
 
-    quieten()
-
     @functools.wraps(sentence)
     def body(*args: Any, **kwargs: Any) -> Any:
         STOPPING.asked.clear()
-        with recording():
+        with recording(), _stop_reaches_jobs():
             try:
                 return sentence(*args, **kwargs)
             except Exception:
-                raise
-            except BaseException:  # Prefect's TerminationSignal, KeyboardInterrupt
-                STOPPING.asked.set()
-                raise
-            finally:
                 STOPPING.wait()
+                raise
 
     body.__signature__ = inspect.signature(sentence, eval_str=True)  # type: ignore[attr-defined]
     return flow(name=name, description=sentence.__doc__)(body)
+
+
+@contextmanager
+def _stop_reaches_jobs() -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:  # Prefect's TerminationSignal, KeyboardInterrupt
+        STOPPING.asked.set()
+        STOPPING.wait()
+        raise

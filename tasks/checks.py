@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_ext.config import DataConfig, EvalConfig, ModelConfig, RuntimeConfig, TrainConfig
 from megatron_ext.data.chat_templates import chat_template_identity
+from megatron_ext.demo.model import SIZES, VOCAB_SIZE
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture
 from megatron_ext.families.hf_config import read_architecture
@@ -22,8 +23,8 @@ def check_recipe(
     runtime: RuntimeConfig | None = None,
     *,
     download: bool = True,
-) -> None:
-    """Refuse a recipe whose sources, template or sizes do not fit, before the first stage.
+) -> Architecture:
+    """Refuse a recipe whose sources, template or sizes do not fit, before the first stage; returns the model's shape.
 
     Raises:
         UserError: names the key, the value and the remedy.
@@ -31,6 +32,7 @@ def check_recipe(
     digests = source_digests()
     source = model_source(model, digests, download=download)
     folder = source.places["config.json"].parent if isinstance(source, Files) else None
+    architecture = architecture_of(folder) if folder else _demo_architecture()
     if data:
         data_source(data, digests)
         if data.chat_template or folder:
@@ -39,11 +41,17 @@ def check_recipe(
         tasks_source(evaluate, digests)
         if evaluate.chat_template:
             chat_template_identity(evaluate.chat_template, folder or Path())
-    if train and folder:
-        check_layout(architecture_of(folder), train, runtime or RuntimeConfig())
+    if train:
+        check_layout(architecture, train, runtime or RuntimeConfig())
+    return architecture
 
 
 def architecture_of(folder: Path) -> Architecture:
     """The shape of the model in a Hugging Face folder."""
     config = read_config(folder)
     return read_architecture(find_family(str(config.get("model_type"))), config)
+
+
+def _demo_architecture() -> Architecture:
+    """Known before the demo is made; its vocabulary may turn out a little smaller."""
+    return read_architecture(find_family("qwen2"), {**SIZES, "vocab_size": VOCAB_SIZE})

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from megatron_ext.config import TrainConfig
 from megatron_ext.families.base import Architecture
 from megatron_ext.training.plan import disk_needed as training_disk
 from megatron_ext.training.plan import parameters, planned_iterations
 from tasks.artifacts import IdxmapDataset
-from tasks.checks import architecture_of
 from tasks.stage import Planned
 from tasks.store import Store
 
@@ -58,25 +56,13 @@ def steps_to_run(plan: Sequence[Planned]) -> StepsToRun | None:
     return StepsToRun(resume_step(training) or 0, last)
 
 
-def disk_needed(plan: Sequence[Planned]) -> int | None:
-    """Bytes that the stages to be built will write, roughly; None when the model is not there to be looked at."""
+def disk_needed(plan: Sequence[Planned], architecture: Architecture) -> int:
+    """Bytes that the stages to be built will write, roughly, for a model of this shape."""
     to_build = {p.stage: p for p in plan if p.manifest is None}
     if not to_build:
         return 0
-    architecture = next((a for p in plan if (a := _architecture(p)) is not None), None)
-    if architecture is None:
-        return None
     weights = parameters(architecture)
     converting = next((p for p in plan if p.stage == "convert-checkpoint"), None)
     size = weights * BYTES_OF[converting.build.config["dtype"] if converting else None]
     sizes = {"convert-checkpoint": size, "train-model": training_disk(architecture), "export-checkpoint": size}
     return sum(needed for stage, needed in sizes.items() if stage in to_build) + 50_000_000
-
-
-def _architecture(planned: Planned) -> Architecture | None:
-    for given in planned.build.inputs.values():
-        if given is not None and given.name == "model.path":
-            folder = Path(given.locate())
-            if (folder / "config.json").exists():
-                return architecture_of(folder)
-    return None

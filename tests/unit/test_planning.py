@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flows.catalog import sections_of
-from flows.explaining import planned_stages
+from flows.explaining import explain_recipe, planned_stages
 from flows.full_sft import sentence
 from flows.recipes import load_recipe
 from megatron_ext.errors import ConfigError, SourceError, UnsupportedModelError, UserError
@@ -83,11 +83,12 @@ def test_other_weights_do_not_tokenize_again(place: Path) -> None:
 def test_a_moved_copy_is_the_same_source(place: Path) -> None:
     before = fingerprints()
     shutil.copytree("model", "elsewhere")
-    shutil.copy("a.jsonl", "other_name.jsonl")
     (place / "elsewhere" / "README.md").write_text("not a part of the model")
-    assert changed(before, fingerprints(**{"model.path": "elsewhere", "data.files": ["other_name.jsonl"]})) == {
-        "pin-sources"
-    } & changed(before, fingerprints(**{"model.path": "elsewhere", "data.files": ["other_name.jsonl"]}))
+    (place / "other").mkdir()
+    shutil.copy("a.jsonl", "other/a.jsonl")
+    shutil.copy("a.jsonl", "other_name.jsonl")
+    assert fingerprints(**{"model.path": "elsewhere", "data.files": ["other/a.jsonl"]}) == before
+    assert changed(before, fingerprints(**{"data.files": ["other_name.jsonl"]})) == {"pin-sources"}
 
 
 def test_where_it_runs_changes_nothing(place: Path) -> None:
@@ -100,6 +101,14 @@ def test_a_benchmark_that_changed_scores_both_again_and_trains_nothing(place: Pa
     (place / "tasks" / "t.yaml").write_text("task: t\nlimit: 1\n")
     scored = {"evaluate-base", "evaluate-tuned", "write-report", "pin-sources"}
     assert changed(before, fingerprints()) == scored
+
+
+@pytest.mark.parametrize("model", ["model", "demo://routing"])
+def test_the_disk_needed_is_known_before_anything_is_made(place: Path, model: str) -> None:
+    settings = [f"{k}={v}" for k, v in {"model.path": model, "data.files": "[a.jsonl]"}.items()]
+    said = json.loads(explain_recipe("full-sft", DEMO, [*settings, "evaluate.include_path=tasks"], True))
+    assert 50_000_000 < said["disk_bytes"] < 200_000_000
+    assert said["steps"] == {"first": 0, "last": 400}
 
 
 def test_without_a_baseline_the_base_is_not_scored(place: Path) -> None:
@@ -118,6 +127,11 @@ def test_without_a_baseline_the_base_is_not_scored(place: Path) -> None:
         ({"model.path": "demo://routing?sed=1"}, ConfigError, "seed"),
         ({"runtime.tensor_model_parallel_size": 3, "runtime.nproc_per_node": 3}, UserError, "num_attention_heads 4"),
         ({"runtime.nproc_per_node": 3}, UserError, "global_batch_size"),
+        (
+            {"model.path": "demo://routing", "runtime.tensor_model_parallel_size": 2, "runtime.nproc_per_node": 3},
+            UserError,
+            "multiple of tensor_model_parallel_size 2",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(place: Path, settings: dict, error: type, words: str) -> None:
