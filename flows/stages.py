@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flows import full_sft
 from flows.pipeline import as_flow
 from megatron_ext.config import DataConfig, EvalConfig, ModelConfig, RuntimeConfig, TrainConfig
 from tasks import convert_checkpoint as convert
@@ -10,7 +11,7 @@ from tasks import export_checkpoint as export
 from tasks import pin_sources as pin
 from tasks import tokenize_dataset as tokenization
 from tasks import train_model as training
-from tasks.artifacts import EvalReport, HFModel, IdxmapDataset, McoreCheckpoint, Sources, Training
+from tasks.artifacts import EvalReport, HFModel, IdxmapDataset, McoreCheckpoint, Report, Sources, Training
 
 HERE = RuntimeConfig()
 
@@ -49,9 +50,17 @@ def _evaluate(model: ModelConfig, evaluate: EvalConfig, runtime: RuntimeConfig =
     return evaluation.evaluate_base(evaluate, pin.pin_sources(model, None, evaluate), runtime=runtime)
 
 
+def _report(
+    model: ModelConfig, data: DataConfig, train: TrainConfig, evaluate: EvalConfig, runtime: RuntimeConfig = HERE
+) -> Report:
+    """Write the report about a fine-tuning."""
+    return full_sft.sentence(model, data, train, evaluate, runtime)
+
+
 pin_sources = as_flow(_pin, "pin-sources")
 convert_checkpoint = as_flow(_convert, "convert-checkpoint")
 tokenize_dataset = as_flow(_tokenize, "tokenize-dataset")
 train_model = as_flow(_train, "train-model")
 export_checkpoint = as_flow(_export, "export-checkpoint")
 evaluate_model = as_flow(_evaluate, "evaluate-model")
+write_report = as_flow(_report, "write-report")
