@@ -60,7 +60,7 @@ def _stopped(number: int, frame: object) -> None:
 
 
 def _finish_failed(error: BaseException, command: str, plan: Sequence[Planned], ran: bool) -> None:
-    sys.stderr.write(f"error: {str(error) or type(error).__name__}\n")
+    sys.stderr.write(f"error: {_words(error)}\n")
     if isinstance(error, UserError) and not ran:
         return
     steps = [resume_step(p) for p in plan if p.stage == "train-model" and p.manifest is None]
@@ -69,11 +69,15 @@ def _finish_failed(error: BaseException, command: str, plan: Sequence[Planned], 
     sys.stderr.write(f"retry with: {command}{goes_on}\n")
 
 
+def _words(error: BaseException) -> str:
+    return str(error) or ("stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
+
+
 def outcome(runs: Sequence[StageRun], error: BaseException | None = None) -> dict[str, Any]:
     """The run as plain values: the object that ``--json`` prints."""
     stages, scores, report = [], {}, None
     for run in sorted(runs, key=lambda r: STAGES.index(r.name)):
-        state = run.state
+        state = "failed" if error and run.state == "running" else run.state
         pointer = run.result() if state in ("built", "cached") else None
         artifact = str(pointer.folder) if pointer else None
         stages.append({"name": run.name, "state": state, "seconds": run.seconds, "artifact": artifact})
@@ -84,7 +88,7 @@ def outcome(runs: Sequence[StageRun], error: BaseException | None = None) -> dic
     said: dict[str, Any] = {"state": "failed" if error else "completed", "stages": stages, "scores": scores}
     said["report"] = report
     if error:
-        said["error"] = str(error) or type(error).__name__
+        said["error"] = _words(error)
     return said
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from megatron_ext.config import DataConfig, EvalConfig, ModelConfig, RuntimeConfig, TrainConfig
 from megatron_ext.data.chat_templates import chat_template_identity
 from megatron_ext.demo.model import SIZES, VOCAB_SIZE
+from megatron_ext.evaluation.task_names import LocalTasks, read_local_tasks, require_known
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture
 from megatron_ext.families.hf_config import read_architecture
 from megatron_ext.hf_folder import read_config
 from megatron_ext.training.plan import check_layout
-from tasks.sources import Files, data_source, model_source, source_digests, tasks_source
+from tasks.sources import DemoName, Files, data_source, model_source, source_digests, tasks_source
 
 
 def check_recipe(
@@ -38,7 +39,7 @@ def check_recipe(
         if data.chat_template or folder:
             chat_template_identity(data.chat_template, folder or Path())
     if evaluate:
-        tasks_source(evaluate, digests)
+        _check_tasks(evaluate, tasks_source(evaluate, digests))
         if evaluate.chat_template:
             chat_template_identity(evaluate.chat_template, folder or Path())
     if train:
@@ -50,6 +51,14 @@ def architecture_of(folder: Path) -> Architecture:
     """The shape of the model in a Hugging Face folder."""
     config = read_config(folder)
     return read_architecture(find_family(str(config.get("model_type"))), config)
+
+
+def _check_tasks(evaluate: EvalConfig, source: DemoName | Files | None) -> None:
+    """A task that nobody knows is found now, not after the training; bundled ones take a scan of 2 s."""
+    if isinstance(source, Files):
+        require_known(evaluate.tasks, read_local_tasks(Path(evaluate.include_path or "").expanduser()))
+    elif source is None:
+        require_known(evaluate.tasks, LocalTasks(frozenset(), needs_hub=True))
 
 
 def _demo_architecture() -> Architecture:

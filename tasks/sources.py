@@ -156,7 +156,14 @@ def source_digests() -> SourceDigests:
 
 def _files(places: Mapping[str, Path], origin: str, digests: SourceDigests) -> Files:
     absolute = {name: path.absolute() for name, path in places.items()}
-    return Files(absolute, {name: digests.digest(path) for name, path in absolute.items()}, origin)
+    return Files(absolute, {name: _digest(path, digests) for name, path in absolute.items()}, origin)
+
+
+def _digest(path: Path, digests: SourceDigests) -> str:
+    try:
+        return digests.digest(path)
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}; make it readable or leave it out") from None
 
 
 def _wanted(path: Path, folder: Path) -> bool:

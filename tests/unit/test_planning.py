@@ -24,6 +24,8 @@ CONFIG = {
     "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True,
 }  # fmt: skip
 
+TASKS = {"evaluate.include_path": "tasks", "evaluate.tasks": ["t"]}
+
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -44,7 +46,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
-    settings = {"model.path": "model", "data.files": ["a.jsonl"], "evaluate.include_path": "tasks"} | changes
+    settings = {"model.path": "model", "data.files": ["a.jsonl"]} | TASKS | changes
     return sections_of(load_recipe(DEMO, [f"{key}={json.dumps(value)}" for key, value in settings.items()]))
 
 
@@ -106,7 +108,9 @@ def test_a_benchmark_that_changed_scores_both_again_and_trains_nothing(place: Pa
 @pytest.mark.parametrize("model", ["model", "demo://routing"])
 def test_the_disk_needed_is_known_before_anything_is_made(place: Path, model: str) -> None:
     settings = [f"{k}={v}" for k, v in {"model.path": model, "data.files": "[a.jsonl]"}.items()]
-    said = json.loads(explain_recipe("full-sft", DEMO, [*settings, "evaluate.include_path=tasks"], True))
+    said = json.loads(
+        explain_recipe("full-sft", DEMO, [*settings, "evaluate.include_path=tasks", "evaluate.tasks=[t]"], True)
+    )
     assert 50_000_000 < said["disk_bytes"] < 200_000_000
     assert said["steps"] == {"first": 0, "last": 400}
 
@@ -122,6 +126,7 @@ def test_without_a_baseline_the_base_is_not_scored(place: Path) -> None:
         ({"data.files": ["nothing.jsonl"]}, SourceError, "nothing.jsonl"),
         ({"data.files": ["tasks"]}, SourceError, "is a folder"),
         ({"evaluate.include_path": "no_tasks"}, SourceError, "no_tasks"),
+        ({"evaluate.tasks": ["no_such_task"]}, UserError, "no_such_task"),
         ({"data.chat_template": "qwen25"}, UserError, "did you mean"),
         ({"model.path": "demo://rooting"}, ConfigError, "did you mean 'routing'"),
         ({"model.path": "demo://routing?sed=1"}, ConfigError, "seed"),
@@ -138,6 +143,12 @@ def test_bad_input_is_refused_before_anything_runs(place: Path, settings: dict, 
     with pytest.raises(error, match=words):
         check_recipe(**recipe(**settings))
     assert not list((place / "store").glob("*/*"))
+
+
+def test_a_source_that_cannot_be_read_is_refused(place: Path) -> None:
+    (place / "tasks" / "notes.txt").symlink_to("/proc/self/mem")  # nobody can read its first byte, not even root
+    with pytest.raises(SourceError, match=r"cannot read .*notes\.txt"):
+        check_recipe(**recipe())
 
 
 def test_an_unsupported_model_type_is_refused(place: Path) -> None:
