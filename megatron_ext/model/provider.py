@@ -34,7 +34,7 @@ def transformer_config(
     architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig, platform: Platform
 ) -> TransformerConfig:
     """megatron-core's configuration of the model. Weights are left as allocated: they come from a checkpoint."""
-    dtype, on_cpu, fused = DTYPES[train.precision], platform.name == "cpu", platform.transformer_engine()
+    dtype, on_cpu, fused = DTYPES[train.precision], platform.name == "cpu", platform.fused_layers(train.precision)
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -75,9 +75,9 @@ def _keep(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def layer_spec(architecture: Architecture, config: TransformerConfig, platform: Platform) -> Any:
-    """Transformer Engine's layers where the platform has them, else megatron-core's own with SDPA."""
-    if platform.transformer_engine():
+def layer_spec(architecture: Architecture, config: TransformerConfig, fused: bool) -> Any:
+    """Transformer Engine's layers if ``fused``, else megatron-core's own with SDPA."""
+    if fused:
         return get_gpt_layer_with_transformer_engine_spec()
     spec: ModuleSpec = get_gpt_layer_local_spec(normalization=architecture.normalization)
     spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
@@ -94,7 +94,7 @@ def build_model(architecture: Architecture, train: TrainConfig, runtime: Runtime
     config = transformer_config(architecture, train, runtime, platform)
     model = GPTModel(
         config,
-        layer_spec(architecture, config, platform),
+        layer_spec(architecture, config, platform.fused_layers(train.precision)),
         vocab_size=padded_vocab_size(architecture.vocab_size, runtime.tensor_model_parallel_size),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),

@@ -28,8 +28,14 @@ class Platform(ABC):
         """Bind this process to its device."""
 
     def transformer_engine(self) -> bool:
-        """Whether the model is built from Transformer Engine's layers."""
+        """Whether Transformer Engine can be used."""
         return False
+
+    def fused_layers(self, precision: str) -> bool:
+        """Whether the model is built from Transformer Engine's layers: its attention over packed sequences (``thd``)
+        has no fp32 kernel.
+        """
+        return precision == "bf16" and self.transformer_engine()
 
     @abstractmethod
     def device_name(self) -> str:

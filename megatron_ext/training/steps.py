@@ -44,7 +44,7 @@ class Trainer:
             rank=parallel_state.get_data_parallel_rank(),
             ranks=parallel_state.get_data_parallel_world_size(),
             multiple=row_multiple(platform, runtime),
-            fused=platform.transformer_engine(),
+            fused=platform.fused_layers(train.precision),
         )
         self.schedule = get_forward_backward_func()
         self.forward_step = forward_step(setup.manifest.vocab_size)

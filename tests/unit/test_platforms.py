@@ -10,6 +10,7 @@ import torch
 
 from megatron_ext.errors import PlatformError
 from megatron_ext.platforms.base import select
+from megatron_ext.platforms.cuda import CUDA
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -30,6 +31,7 @@ def test_selecting_changes_nothing_and_preparing_redirects() -> None:
     script = """
 import torch
 from megatron_ext.platforms.base import select
+from megatron_ext.platforms.cuda import CUDA
 before = torch.cuda.current_device, torch.zeros, torch.Tensor.to
 cpu = select("cpu")
 assert before == (torch.cuda.current_device, torch.zeros, torch.Tensor.to)
@@ -40,3 +42,11 @@ assert torch.ones(1).type() == "torch.cuda.FloatTensor" and torch.ones(1).type(t
 torch.manual_seed(3); a = torch.rand(2); torch.cuda.manual_seed(3); assert torch.equal(a, torch.rand(2))
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_transformer_engine_builds_the_layers_in_bf16_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its packed attention has no fp32 kernel: "No dot product attention backend is available"."""
+    monkeypatch.setattr(CUDA, "transformer_engine", lambda self: True)
+    assert CUDA().fused_layers("bf16")
+    assert not CUDA().fused_layers("fp32")
+    assert not select("cpu").fused_layers("bf16")
