@@ -24,6 +24,8 @@ from megatron_ext.folders import published
 from megatron_ext.terminal import TerminalEvents
 
 COMMANDS = "megatron_flows.commands"
+UsageError = typer.BadParameter.__base__
+"""A wrong option or value; typer carries its own click, which has no public name."""
 
 
 class VariadicCommand(TyperCommand):
@@ -158,7 +160,7 @@ def train(
     """Fine-tune a checkpoint; a rerun goes on from the last checkpoint. Works under any torchrun, too."""
     from megatron_ext.platforms.base import select
     from megatron_ext.training.loop import prepare
-    from megatron_ext.worker import Job
+    from megatron_ext.worker import TERMINAL, Job
 
     values = validated(TrainJobConfig, with_overrides(read_yaml(config), set or []), str(config))
     out = values.out.absolute()
@@ -183,6 +185,7 @@ def train(
     draft.write_text(job.model_dump_json(indent=1), encoding="utf-8")
     draft.replace(job_file)
     sys.stdout.flush()
+    os.environ[TERMINAL] = "1"
     os.execv(sys.executable, [sys.executable, "-m", "megatron_ext.worker", str(job_file)])
 
 
@@ -251,10 +254,22 @@ def doctor(as_json: AsJson = False) -> None:
         typer.echo(f"{finding.state:<8} {finding.name:<{width}}  {finding.detail}{remedy}")
 
 
+def _usage_sentence(error: Any) -> str:
+    said, command = error.format_message(), error.ctx.command_path if error.ctx else "mflow"
+    if said.startswith("Usage:"):  # no arguments at all: the help itself
+        return said
+    return f"error: {said.replace('Value error, ', '').rstrip('.')}; see {command} --help"
+
+
 def main() -> None:
     """Entry point of the `mflow` script."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except UsageError as error:
+        sys.stderr.write(_usage_sentence(error) + "\n")
+        sys.exit(UserError.exit_code)
+    except typer.Abort:
+        sys.exit(1)
     except MegatronFlowsError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)

@@ -25,7 +25,7 @@ DatasetFormat = Literal["auto", "alpaca", "sharegpt", "messages"]
 class Section(BaseModel):
     """Base of all configuration: frozen, and a key it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):

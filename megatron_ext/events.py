@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 
 class Events:
@@ -20,6 +20,17 @@ class Events:
 
     def __init__(self, path: Path | None = None) -> None:
         self._file: TextIO | None = path.open("a", encoding="utf-8") if path else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the file."""
+        if self._file:
+            self._file.close()
 
     def emit(self, event: str, **fields: Any) -> None:
         if self._file:
@@ -33,6 +44,13 @@ class Events:
     def note(self, text: str) -> None:
         """A sentence for the person who watches."""
         self.emit("note", text=text)
+
+
+def metrics_sentence(event: Mapping[str, Any]) -> str:
+    """A ``metrics`` event for a person: ``step 10: loss 2.31, lr 0.001, grad_norm 1.2, 4950 tokens/s``."""
+    values = [f"{name} {event[name]:.4g}" for name in ("loss", "lr", "grad_norm") if name in event]
+    speed = [f"{event['tokens_per_second']:.0f} tokens/s"] if "tokens_per_second" in event else []
+    return f"step {event['step']}: {', '.join(values + speed)}"
 
 
 class Follower:

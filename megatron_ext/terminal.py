@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import sys
-from types import TracebackType
+from pathlib import Path
 from typing import Any
 
-from megatron_ext.events import Events
+from megatron_ext.events import Events, metrics_sentence
 
 
 class TerminalEvents(Events):
-    """Events of a command: a progress bar on a terminal, nothing but notes off it (both on standard error)."""
+    """Events of a command: notes and metrics as lines, on a terminal a bar too, on standard error; a file if asked."""
 
-    def __init__(self) -> None:
-        super().__init__(None)
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__(path)
         self._bar: Any = None
         self._task: Any = None
 
     def emit(self, event: str, **fields: Any) -> None:
+        super().emit(event, **fields)
         if event == "note":
             sys.stderr.write(fields["text"] + "\n")
+        elif event == "metrics":
+            sys.stderr.write(metrics_sentence(fields) + "\n")
         elif event == "progress" and sys.stderr.isatty():
             self._advance(fields["done"], fields["total"], fields["unit"])
 
@@ -34,9 +37,7 @@ class TerminalEvents(Events):
             self._task = self._bar.add_task(unit, total=total)
         self._bar.update(self._task, completed=done, total=total, description=unit)
 
-    def __enter__(self) -> TerminalEvents:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def close(self) -> None:
+        super().close()
         if self._bar is not None:
             self._bar.stop()

@@ -18,7 +18,12 @@ from pydantic import Field
 from megatron_ext.config import RuntimeConfig, Section
 from megatron_ext.errors import JobInterrupted, MegatronFlowsError, unknown
 from megatron_ext.events import Events
+from megatron_ext.folders import full_disk_named
 from megatron_ext.guard import own_children, watch_owners
+from megatron_ext.terminal import TerminalEvents
+
+TERMINAL = "MFLOW_TERMINAL"
+"""Set where a person watches the job itself: its events are shown on standard error, too."""
 
 JOBS = {
     "demo": "megatron_ext.demo:run",
@@ -86,18 +91,22 @@ def main() -> int:
     job = Job.model_validate_json(job_file.read_text(encoding="utf-8"))
     agent = job.job == "train" and job.runtime.nproc_per_node > 1 and "RANK" not in os.environ
     watch_owners(job.runtime.grace_seconds, agent=agent)
-    events = Events(job.events if os.environ.get("RANK", "0") == "0" else None)
-    try:
-        if agent:
-            check_training(job)
-            return start_torchrun(job_file, job)
-        events.emit("result", **run_job(job, events))
-    except JobInterrupted:
-        return 0
-    except MegatronFlowsError as error:
-        events.emit("error", type=type(error).__name__, message=str(error), exit_code=error.exit_code)
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return error.exit_code
+    first = os.environ.get("RANK", "0") == "0"
+    watched = TerminalEvents if first and TERMINAL in os.environ else Events
+    with watched(job.events if first else None) as events:
+        try:
+            if agent:
+                check_training(job)
+                return start_torchrun(job_file, job)
+            with full_disk_named(job.out):
+                summary = run_job(job, events)
+            events.emit("result", **summary)
+        except JobInterrupted:
+            return 0
+        except MegatronFlowsError as error:
+            events.emit("error", type=type(error).__name__, message=str(error), exit_code=error.exit_code)
+            sys.stderr.write(f"error: {error}\n")
+            return error.exit_code
     return 0
 
 

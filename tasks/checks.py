@@ -12,7 +12,7 @@ from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture
 from megatron_ext.families.hf_config import read_architecture
 from megatron_ext.hf_folder import read_config
-from megatron_ext.training.plan import check_layout
+from megatron_ext.training.plan import check_layout, check_schedule, iterations_without_data
 from tasks.sources import DemoName, Files, data_source, model_source, source_digests, tasks_source
 
 
@@ -44,6 +44,8 @@ def check_recipe(
             chat_template_identity(evaluate.chat_template, folder or Path())
     if train:
         check_layout(architecture, train, runtime or RuntimeConfig())
+        if (iterations := iterations_without_data(train)) is not None:
+            check_schedule(train, iterations)
     return architecture
 
 

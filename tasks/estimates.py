@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from megatron_ext.config import TrainConfig
 from megatron_ext.families.base import Architecture
 from megatron_ext.training.plan import disk_needed as training_disk
-from megatron_ext.training.plan import parameters, planned_iterations
+from megatron_ext.training.plan import iterations_without_data, parameters, planned_iterations
 from tasks.artifacts import IdxmapDataset
 from tasks.stage import Planned
 from tasks.store import Store
@@ -52,7 +52,7 @@ def steps_to_run(plan: Sequence[Planned]) -> StepsToRun | None:
     train = training.build.identity["train"]
     assert isinstance(train, TrainConfig)
     dataset = next((p for p in plan if isinstance(p.pointer, IdxmapDataset) and p.manifest), None)
-    last = train.train_iters or (planned_iterations(train, dataset.pointer.folder) if dataset else None)
+    last = iterations_without_data(train) or (planned_iterations(train, dataset.pointer.folder) if dataset else None)
     return StepsToRun(resume_step(training) or 0, last)
 
 

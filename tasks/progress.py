@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.events import metrics_sentence
 from tasks.curve import curve
 from tasks.store import Manifest, Store
 
@@ -45,7 +46,7 @@ class PrefectWatcher:
                     self._show_progress()
                 case "metrics":
                     self._metrics.append(event)
-                    self._logger.info(_sentence(event))
+                    self._logger.info(metrics_sentence(event))
                     self._show_curve()
                 case "interrupted":
                     self._logger.warning("stopped and saved at step %s", event.get("step"))
@@ -113,8 +114,3 @@ class PrefectWatcher:
 
         path = next(iter(sorted(folder.glob("*.html"))))
         create_link_artifact(path.as_uri(), link_text=path.name, key="report", description=f"Report: {path}")
-
-
-def _sentence(event: dict[str, Any]) -> str:
-    shown = {k: v for k, v in event.items() if k not in ("event", "time", "step") and isinstance(v, int | float)}
-    return f"step {event.get('step')}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items())

@@ -44,7 +44,6 @@ class Diary:
         """Go on after ``step``: records of steps that will be done again are dropped."""
         self._first = dist.get_rank() == 0
         self._started = time.perf_counter()
-        self.consumed = sum(self.step_tokens(s) for s in range(step))
         if not self._first:
             return
         path = self.out / METRICS
@@ -54,6 +53,8 @@ class Diary:
         os.replace(draft, path)
         self._file = path.open("a", encoding="utf-8")
         self._last = json.loads(kept[-1]) if kept else {}
+        recorded, self.consumed = self._last.get("step", 0), self._last.get("consumed_tokens", 0)
+        self.consumed += sum(self.step_tokens(s) for s in range(recorded, step))
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)

@@ -203,7 +203,7 @@ def make_plan(train: TrainConfig, dataset: Path, max_position_embeddings: int | 
         )
     packing = (pack if train.packing else separate)(kept, train.seq_length, train.seed)
     iterations = _iterations(train, len(packing))
-    _check_schedule(train, iterations)
+    check_schedule(train, iterations)
     drop = train.overlong == "drop"
     return Plan(
         documents=documents,
@@ -220,26 +220,39 @@ def make_plan(train: TrainConfig, dataset: Path, max_position_embeddings: int | 
 
 def planned_iterations(train: TrainConfig, dataset: Path) -> int:
     """Optimizer steps of ``train`` on the dataset folder ``dataset``. Raises as ``make_plan``."""
-    return train.train_iters or make_plan(train, dataset).iterations
+    return iterations_without_data(train) or make_plan(train, dataset).iterations
 
 
 def _trained_tokens(mask: Idxmap, kept: np.ndarray) -> np.ndarray:
     """(N,) trained tokens among the first ``kept`` tokens of each document; the first token has no predecessor."""
     starts = mask.starts + 1
     bounds = np.stack([starts, np.maximum(mask.starts + kept, starts)], axis=1).ravel()
-    sums = np.add.reduceat(np.append(mask.values, np.uint8(0)), bounds, dtype=np.int64)[::2]
+    bounds = bounds[: np.searchsorted(bounds, len(mask.values))]  # what starts at the end of the file is empty
+    sums = np.zeros(len(kept), dtype=np.int64)
+    counted = np.add.reduceat(mask.values, bounds, dtype=np.int64)[::2]
+    sums[: len(counted)] = counted
     return np.where(kept > 1, sums, 0)
 
 
-def _iterations(train: TrainConfig, sequences: int) -> int:
-    if train.train_iters is not None:
-        return train.train_iters
+def iterations_without_data(train: TrainConfig) -> int | None:
+    """Optimizer steps where no dataset is needed to know them: None for ``train_epochs``."""
     if train.train_tokens is not None:
         return max(1, train.train_tokens // (train.global_batch_size * train.seq_length))
+    return train.train_iters
+
+
+def _iterations(train: TrainConfig, sequences: int) -> int:
+    if train.train_epochs is None:
+        return iterations_without_data(train) or 1
     return max(1, math.ceil(train.train_epochs * sequences / train.global_batch_size))
 
 
-def _check_schedule(train: TrainConfig, iterations: int) -> None:
+def check_schedule(train: TrainConfig, iterations: int) -> None:
+    """Refuse a warm-up or decay that does not fit into ``iterations`` steps.
+
+    Raises:
+        ConfigError: names the setting, its value and the steps there are.
+    """
     decay = train.lr_wsd_decay_iters if train.lr_decay_style == "WSD" and train.lr_wsd_decay_iters else 0
     if train.lr_warmup_iters and train.lr_warmup_iters >= iterations:
         raise ConfigError(

@@ -14,7 +14,8 @@ PREFECT_IS_MISSING = "import sys\nsys.modules['prefect'] = None\n"
 
 def mflow(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_ext.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+    inherited = {name: value for name, value in os.environ.items() if name != "MFLOW_ARTIFACTS"}
+    return subprocess.run(command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -46,9 +47,22 @@ def test_missing_input_exits_with_2_and_one_line(arguments, named, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_option_and_command_exit_with_2(tmp_path):
-    assert mflow("convert", "--modle", "x", cwd=tmp_path).returncode == 2
-    assert mflow("konvert", cwd=tmp_path).returncode == 2
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["convert", "--modle", "x"], "error: No such option: --modle (Possible options: --model); see "),
+        (["konvert"], "error: No such command 'konvert'. Did you mean 'convert'?; see "),
+        (
+            ["convert", "--model", "x", "--out", "y", "--dtype", "fp8"],
+            "error: Invalid value for '--dtype': 'fp8' is not",
+        ),
+    ],
+)
+def test_unknown_options_commands_and_values_exit_with_2_and_one_line(arguments, said, tmp_path):
+    done = mflow(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(said)
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_help_lists_every_command_without_prefect(without_prefect, tmp_path):

@@ -214,7 +214,7 @@ def test_the_worker_refuses_before_torch_is_imported(
         [sys.executable, "-c", script, str(tmp_path / "job.json")], capture_output=True, text=True, check=False
     )
     assert worker.returncode == 2, worker.stderr
-    assert worker.stderr.startswith(f"{error}: ")
+    assert worker.stderr.startswith("error: ")
     assert named in worker.stderr
     (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert (event["type"], event["exit_code"]) == (error, 2)
