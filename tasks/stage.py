@@ -10,7 +10,7 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -58,7 +58,12 @@ def produce(spec: Spec[A], build: Build, watcher: base.Watcher | None = None) ->
         if found := store.look_up(kind, name):
             return found, False
         started, partial = time.monotonic(), store.open_partial(kind, name)
-        made = build.make(partial) if build.make else _run_job(spec, build, name, lock, watcher or Silent())
+        try:
+            made = build.make(partial) if build.make else _run_job(spec, build, name, lock, watcher or Silent())
+        except UserError:
+            with suppress(OSError):  # a resumable training is not empty and stays
+                partial.rmdir()
+            raise
         manifest = store.publish(
             partial,
             made.links,

@@ -38,11 +38,9 @@ def test_the_first_run_builds_every_stage_and_says_where(server: Site, built: di
 def test_the_second_run_is_cached_here_and_in_the_ui(server: Site, built: dict[str, Any]) -> None:
     from prefect.client.schemas.sorting import TaskRunSort
 
-    started = time.monotonic()
     code, said, _ = server.run(server.recipe())
     assert code == 0
     assert states(said) == dict.fromkeys(STAGES, "cached")
-    assert time.monotonic() - started < 60
     with server.client() as client:
         seen: set[str] = set()
         for _ in range(100):  # task runs reach the server's database through its event queue
@@ -159,5 +157,6 @@ def test_a_row_that_does_not_fit_fails_its_stage_with_the_users_file_and_the_ret
     assert str(bad) in said["error"]
     assert states(said)["tokenize-dataset"] == "failed"
     assert "train-model" not in states(said)
+    assert not list(server.store.glob("datasets/.partial-*"))
     assert re.fullmatch(rf"retry with: \S*mflow run full-sft {recipe}", errors.splitlines()[-1])
     assert "Traceback" not in errors
