@@ -62,7 +62,9 @@ class PrefectWatcher:
         with suppress(BaseException):
             folder = Store.current().folder(manifest.kind, manifest.fingerprint)
             self._logger.info("%s: %s", self._stage, folder)
-            if self._metrics:
+            if manifest.kind == "trainings":
+                lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+                self._metrics = [json.loads(line) for line in lines]  # those before a retry, too
                 self._show_curve(last=True)
             if self._progress:
                 self._show_progress(last=True)
@@ -95,7 +97,9 @@ class PrefectWatcher:
         points = [(m["step"], m["loss"]) for m in self._metrics if "loss" in m]
         if points:
             image = base64.b64encode(curve(points, "loss", "step").encode()).decode()
-            create_image_artifact(f"data:image/svg+xml;base64,{image}", key="loss-curve", description="Training loss")
+            create_image_artifact(
+                f"data:image/svg+xml;base64,{image}", key="loss-curve", description=f"Loss until step {points[-1][0]}"
+            )
 
     def _show_scores(self, folder: Path) -> None:
         from prefect.artifacts import create_table_artifact
