@@ -1,18 +1,19 @@
 """What a model family declares, and the architecture that every stage reads from a checkpoint's manifest.
 
-Legend: V vocabulary, H hidden size, F ffn hidden size, A query heads, G query groups, D head_dim, L layers.
+Legend: V vocabulary, H hidden size, F ffn hidden size, M ffn hidden size of an expert, A query heads, G query groups,
+D head_dim, L layers, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
 from megatron_ext.config import Section
-from megatron_ext.weights.rules import Rule, shape_of
+from megatron_ext.weights.rules import Move, Rule, shape_of
 
 
 class Architecture(Section):
@@ -38,9 +39,11 @@ class Architecture(Section):
     add_qkv_bias: bool = False
     normalization: str = "RMSNorm"
     gated_linear_unit: bool = True
+    num_moe_experts: int | None = Field(default=None, description="experts a layer; empty for a dense model")
+    moe_ffn_hidden_size: int | None = Field(default=None, description="ffn hidden size of one expert, M")
 
     def dims(self) -> dict[str, int]:
-        """Sizes by the letters of the legend, 2, and QKV: the query, key and value heads of all groups."""
+        """Sizes by the letters of the legend, 2, and QKV: the query, key and value heads of all groups together."""
         return {
             "V": self.vocab_size,
             "H": self.hidden_size,
@@ -48,25 +51,52 @@ class Architecture(Section):
             "A": self.num_attention_heads,
             "G": self.num_query_groups,
             "D": self.kv_channels,
+            "L": self.num_layers,
             "QKV": self.num_attention_heads + 2 * self.num_query_groups,
+            "E": self.num_moe_experts or 0,
+            "M": self.moe_ffn_hidden_size or 0,
             "2": 2,
         }
 
 
+class Part(NamedTuple):
+    """A Hugging Face tensor, or slice ``index`` of one that stacks ``stacked`` experts; ``shape`` is the slice's."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: int | None = None
+    stacked: int = 0
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of the whole Hugging Face tensor."""
+        return self.shape if self.index is None else (self.stacked, *self.shape)
+
+
 @dataclass(frozen=True)
 class Weight:
-    """One megatron-core weight of one layer, with names filled in.
+    """One megatron-core weight of one layer and expert, with names filled in.
 
-    ``key`` and ``shape`` are those of the torch_dist checkpoint, where the layers of a model are stacked:
-    ``shape`` starts with L if ``layer`` is not None.
+    ``key`` and ``shape`` are those of the torch_dist checkpoint, where the layers of a model, and the experts of a
+    layer, are stacked: ``index`` (layer, expert) places this weight on the first axes of ``shape``.
     """
 
     rule: Rule
-    layer: int | None
+    index: tuple[int, ...]
     key: str
     shape: tuple[int, ...]
-    padded_vocabulary: bool
-    hf: dict[str, tuple[int, ...]]
+    parts: tuple[Part, ...]
+    moves: tuple[Move, ...]
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Shape of this layer's and expert's part."""
+        return self.shape[len(self.index) :]
+
+    @property
+    def padded_vocabulary(self) -> bool:
+        """Whether a checkpoint may hold more rows than the model has, as padding."""
+        return self.rule.mcore_legend.startswith("V ")
 
 
 @dataclass(frozen=True)
@@ -84,26 +114,55 @@ class ModelFamily:
     derived_weights: tuple[str, ...] = ()
     """Buffers that old files hold although the config determines them; not converted."""
 
-    def plan(self, architecture: Architecture) -> Iterator[Weight]:
-        """Every weight of the model, outermost first, then layer by layer."""
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Names of the Hugging Face layouts of the weights, the one that exports have first; empty if there is one."""
+        return tuple(dict.fromkeys(rule.layout for rule in self.weights if rule.layout))
+
+    def layout_of(self, names: Collection[str]) -> str | None:
+        """The layout of a model that has weights of these names: the one that finds most of its own."""
+        if not self.layouts:
+            return None
+        rules = {layout: [rule for rule in self.weights if rule.layout == layout] for layout in self.layouts}
+        found = {
+            layout: sum(part.format(i=0, e=0).partition("[")[0] in names for rule in own for part in rule.hf)
+            for layout, own in rules.items()
+        }
+        return max(self.layouts, key=lambda layout: found[layout])
+
+    def plan(self, architecture: Architecture, layout: str | None = None) -> Iterator[Weight]:
+        """Every weight of the model, outermost first, then layer by layer; ``layout`` None is the exports'."""
         fields, dims = architecture.model_dump(), architecture.dims()
+        layout = layout or next(iter(self.layouts), None)
         active = [
             rule
             for rule in self.weights
-            if (rule.only_if is None or fields[rule.only_if]) and not (rule.skip_if and fields[rule.skip_if])
+            if (rule.layout in (None, layout))
+            and (rule.only_if is None or fields[rule.only_if])
+            and not (rule.skip_if and fields[rule.skip_if])
         ]
-        for layer in (None, *range(architecture.num_layers)):
+        yield from (_weight(rule, (), dims) for rule in active if "{i}" not in rule.mcore)
+        for layer in range(architecture.num_layers):
             for rule in active:
-                if ("{i}" in rule.mcore) == (layer is not None):
-                    shape = shape_of(rule.mcore_legend, dims)
-                    yield Weight(
-                        rule=rule,
-                        layer=layer,
-                        key=rule.mcore.replace("layers.{i}.", "layers."),
-                        shape=shape if layer is None else (architecture.num_layers, *shape),
-                        padded_vocabulary=rule.mcore_legend.startswith("V "),
-                        hf={
-                            name.format(i=layer): shape_of(legend, dims)
-                            for name, legend in zip(rule.hf, rule.hf_legends, strict=True)
-                        },
-                    )
+                if "{e}" in rule.mcore:
+                    yield from (_weight(rule, (layer, expert), dims) for expert in range(dims["E"]))
+                elif "{i}" in rule.mcore:
+                    yield _weight(rule, (layer,), dims)
+
+
+def _weight(rule: Rule, index: tuple[int, ...], dims: dict[str, int]) -> Weight:
+    names = dict(zip("ie", index, strict=False))
+    stack = (dims["L"], dims["E"])[: len(index)]
+    parts = []
+    for name, legend in zip(rule.hf, rule.hf_legends, strict=True):
+        stem, bracket, _ = name.partition("[")
+        expert = index[1] if bracket else None
+        parts.append(Part(stem.format(**names), shape_of(legend, dims), expert, dims["E"] if bracket else 0))
+    return Weight(
+        rule=rule,
+        index=index,
+        key=rule.mcore.replace("{i}.", "").replace("{e}.", ""),
+        shape=(*stack, *shape_of(rule.mcore_legend, dims)),
+        parts=tuple(parts),
+        moves=rule.moves(dims),
+    )

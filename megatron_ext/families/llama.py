@@ -20,9 +20,9 @@ FAMILY = ModelFamily(
     config_required={"hidden_act": "silu"},
     derived_weights=(ATTENTION + "rotary_emb.inv_freq",),
     weights=(
-        Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V H"),
+        Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V H", axis=0),
         Copy("decoder.final_layernorm.weight", "model.norm.weight", "H"),
-        Copy("output_layer.weight", "lm_head.weight", "V H", skip_if="share_embeddings_and_output_weights"),
+        Copy("output_layer.weight", "lm_head.weight", "V H", axis=0, skip_if="share_embeddings_and_output_weights"),
         Copy(MC + "self_attention.linear_qkv.layer_norm_weight", HF + "input_layernorm.weight", "H"),
         QKV(
             MC + "self_attention.linear_qkv.weight",
@@ -33,7 +33,7 @@ FAMILY = ModelFamily(
             q=ATTENTION + "q_proj.bias", k=ATTENTION + "k_proj.bias", v=ATTENTION + "v_proj.bias",
             columns="", only_if="add_bias_linear",
         ),
-        Copy(MC + "self_attention.linear_proj.weight", ATTENTION + "o_proj.weight", "H A*D"),
+        Copy(MC + "self_attention.linear_proj.weight", ATTENTION + "o_proj.weight", "H A*D", axis=1),
         Copy(MC + "self_attention.linear_proj.bias", ATTENTION + "o_proj.bias", "H", only_if="add_bias_linear"),
         Copy(MC + "mlp.linear_fc1.layer_norm_weight", HF + "post_attention_layernorm.weight", "H"),
         GateUp(MC + "mlp.linear_fc1.weight", gate=MLP + "gate_proj.weight", up=MLP + "up_proj.weight"),
@@ -41,7 +41,7 @@ FAMILY = ModelFamily(
             MC + "mlp.linear_fc1.bias", gate=MLP + "gate_proj.bias", up=MLP + "up_proj.bias",
             columns="", only_if="add_bias_linear",
         ),
-        Copy(MC + "mlp.linear_fc2.weight", MLP + "down_proj.weight", "H F"),
+        Copy(MC + "mlp.linear_fc2.weight", MLP + "down_proj.weight", "H F", axis=1),
         Copy(MC + "mlp.linear_fc2.bias", MLP + "down_proj.bias", "H", only_if="add_bias_linear"),
     ),
 )  # fmt: skip

@@ -18,9 +18,9 @@ FAMILY = ModelFamily(
     },
     config_required={"hidden_act": "silu", "use_sliding_window": False},
     weights=(
-        Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V H"),
+        Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V H", axis=0),
         Copy("decoder.final_layernorm.weight", "model.norm.weight", "H"),
-        Copy("output_layer.weight", "lm_head.weight", "V H", skip_if="share_embeddings_and_output_weights"),
+        Copy("output_layer.weight", "lm_head.weight", "V H", axis=0, skip_if="share_embeddings_and_output_weights"),
         Copy(MC + "self_attention.linear_qkv.layer_norm_weight", HF + "input_layernorm.weight", "H"),
         QKV(
             MC + "self_attention.linear_qkv.weight",
@@ -30,9 +30,9 @@ FAMILY = ModelFamily(
             MC + "self_attention.linear_qkv.bias",
             q=ATTENTION + "q_proj.bias", k=ATTENTION + "k_proj.bias", v=ATTENTION + "v_proj.bias", columns="",
         ),
-        Copy(MC + "self_attention.linear_proj.weight", ATTENTION + "o_proj.weight", "H A*D"),
+        Copy(MC + "self_attention.linear_proj.weight", ATTENTION + "o_proj.weight", "H A*D", axis=1),
         Copy(MC + "mlp.linear_fc1.layer_norm_weight", HF + "post_attention_layernorm.weight", "H"),
         GateUp(MC + "mlp.linear_fc1.weight", gate=MLP + "gate_proj.weight", up=MLP + "up_proj.weight"),
-        Copy(MC + "mlp.linear_fc2.weight", MLP + "down_proj.weight", "H F"),
+        Copy(MC + "mlp.linear_fc2.weight", MLP + "down_proj.weight", "H F", axis=1),
     ),
 )  # fmt: skip

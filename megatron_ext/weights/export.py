@@ -19,9 +19,11 @@ from megatron_ext.events import Events
 from megatron_ext.families.base import Weight
 from megatron_ext.folders import require_space
 from megatron_ext.hf_folder import read_config, tokenizer_digest
-from megatron_ext.weights.convert import architecture_of, emptied_on_failure
+from megatron_ext.weights.convert import emptied_on_failure
 from megatron_ext.weights.hf import CONFIG_NAMES, SHORT, SafetensorsWriter, TensorInfo, short_name
 from megatron_ext.weights.manifest import CheckpointManifest, latest_folder, read_manifest
+from megatron_ext.weights.planning import architecture_of, hf_shapes
+from megatron_ext.weights.streams import CheckpointReader, bounded, row_bytes
 from megatron_ext.weights.torch_dist import TorchDistReader
 
 TRAINING_STATE = ("optimizer.", "chained_")
@@ -70,7 +72,7 @@ def export(
     total = sum(info.nbytes for info in tensors.values())
     with emptied_on_failure(out):
         require_space(out, total + (64 << 20), "the exported model")
-        _write_weights(out, plan, source, tensors, manifest, max_shard_size, events, total)
+        _write_weights(out, plan, source, tensors, max_shard_size, events, total)
         copied = copy_companions(model, out)
         exported_dtypes = {info.dtype for info in tensors.values()}
         _write_config(out / "config.json", exported_dtypes, manifest.source_dtype)
@@ -105,10 +107,10 @@ def _checked_plan(
             f"(digest {tokenizer_digest(model)}, not {manifest.tokenizer_digest}); "
             "give --model the folder that was converted"
         )
-    return list(family.plan(architecture))
+    return list(family.plan(architecture, manifest.hf_layout))
 
 
-def check_coverage(plan: list[Weight], source: TorchDistReader, checkpoint: Path) -> None:
+def check_coverage(plan: list[Weight], source: CheckpointReader, checkpoint: Path) -> None:
     """Every tensor of the checkpoint has a rule, every rule its tensor in the expected shape.
 
     Raises:
@@ -133,46 +135,37 @@ def check_coverage(plan: list[Weight], source: TorchDistReader, checkpoint: Path
 
 
 def planned_tensors(
-    plan: list[Weight], source: TorchDistReader, manifest: CheckpointManifest, dtype: str | None
+    plan: list[Weight], source: CheckpointReader, manifest: CheckpointManifest, dtype: str | None
 ) -> dict[str, TensorInfo]:
     """Type and shape of every Hugging Face weight, in the order in which they are written."""
     own = {name: SHORT[short] for name, short in manifest.weight_dtypes.items()}
+    stored = {part.name: source.dtypes[weight.key] for weight in plan for part in weight.parts}
     return {
-        name: TensorInfo(SHORT[dtype] if dtype else own.get(name, source.dtypes[weight.key]), shape)
-        for weight in plan
-        for name, shape in weight.hf.items()
+        name: TensorInfo(SHORT[dtype] if dtype else own.get(name, stored[name]), shape)
+        for name, shape in hf_shapes(plan).items()
     }
 
 
 def _write_weights(
     out: Path,
     plan: list[Weight],
-    source: TorchDistReader,
+    source: CheckpointReader,
     tensors: Mapping[str, TensorInfo],
-    manifest: CheckpointManifest,
     max_shard_size: int,
     events: Events,
     total: int,
 ) -> None:
-    dims, done = manifest.architecture.dims(), 0
+    done = 0
     writer = SafetensorsWriter(out, tensors, max_shard_size)
     for weight in plan:
-        for name, tensor in zip(weight.hf, read_weight(weight, source, dims), strict=True):
-            writer.write(name, tensor.to(tensors[name].dtype))
-            done += tensors[name].nbytes
+        for move in bounded(weight.moves, row_bytes(weight.own_shape, source.dtypes[weight.key])):
+            part = weight.parts[move.part]
+            rows = source.rows(weight, move.target, move.rows).to(tensors[part.name].dtype)
+            writer.write(part, move.source, rows)
+            done += rows.nbytes
         events.progress(done, total, "bytes")
     writer.close()
     source.close()
-
-
-def read_weight(weight: Weight, source: TorchDistReader, dims: Mapping[str, int]) -> tuple[torch.Tensor, ...]:
-    """The Hugging Face weights that one megatron-core weight holds; padded vocabulary rows are left out."""
-    if weight.layer is None:
-        tensor = source.read(weight.key, (0,) * len(weight.shape), weight.shape)
-    else:
-        start = (weight.layer, *[0] * (len(weight.shape) - 1))
-        tensor = source.read(weight.key, start, (1, *weight.shape[1:]))[0]
-    return weight.rule.to_hf(tensor, dims)
 
 
 def copy_companions(model: Path, out: Path) -> list[str]:

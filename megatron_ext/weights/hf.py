@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_ext.errors import SourceError
+from megatron_ext.families.base import Part
 from megatron_ext.hf_folder import INDEX, weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -85,6 +86,11 @@ class SafetensorsReader:
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{name} cannot be read from {self._folder / place}: {error}") from None
 
+    def rows(self, part: Part, start: int, count: int) -> torch.Tensor:
+        """``count`` rows of ``part`` from ``start`` on, backed by the file's pages as long as nobody copies them."""
+        tensor = self.get(part.name)
+        return (tensor if part.index is None else tensor[part.index])[start : start + count]
+
     def _open(self, path: Path) -> None:
         file = self._files[path.name] = open_safetensors(path)
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -119,7 +125,7 @@ class SafetensorsWriter:
         self._folder, self._tensors = folder, tensors
         self._place: dict[str, tuple[Path, int]] = {}
         self._open: dict[Path, BinaryIO] = {}
-        self._missing: dict[Path, set[str]] = {}
+        self._missing = {name: prod(info.shape) for name, info in tensors.items()}
         shards = _split(tensors, max_shard_size)
         for number, names in enumerate(shards, start=1):
             single = len(shards) == 1
@@ -128,23 +134,24 @@ class SafetensorsWriter:
         if len(shards) > 1:
             self._write_index()
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor of exactly the announced type and shape."""
-        info = self._tensors[name]
-        if (tensor.dtype, tuple(tensor.shape)) != (info.dtype, info.shape):
-            raise ValueError(f"{name} was announced as {info}, not {tensor.dtype} {tuple(tensor.shape)}")
-        path, offset = self._place[name]
+    def write(self, part: Part, start: int, rows: torch.Tensor) -> None:
+        """Write rows of ``part`` from ``start`` on, of exactly the announced type and shape."""
+        info = self._tensors[part.name]
+        if (rows.dtype, tuple(rows.shape[1:])) != (info.dtype, part.shape[1:]):
+            raise ValueError(f"{part.name} was announced as {info}, not {rows.dtype} {tuple(rows.shape)}")
+        path, offset = self._place[part.name]
         file = self._open.get(path) or self._open.setdefault(path, path.open("r+b"))
-        file.seek(offset)
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-        self._missing[path].remove(name)
-        if not self._missing[path]:
-            self._open.pop(path).close()
+        row = (part.index or 0) * part.shape[0] + start
+        file.seek(offset + row * prod(part.shape[1:]) * info.dtype.itemsize)
+        file.write(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._missing[part.name] -= rows.numel()
 
     def close(self) -> None:
-        """Check that everything announced was written."""
-        if missing := sorted(set().union(*self._missing.values())):
-            raise ValueError(f"{len(missing)} announced weights were never written, the first is {missing[0]}")
+        """Close the files and check that everything announced was written."""
+        for file in self._open.values():
+            file.close()
+        if missing := sorted(name for name, left in self._missing.items() if left):
+            raise ValueError(f"{len(missing)} announced weights were not written whole, the first is {missing[0]}")
 
     def _lay_out(self, path: Path, names: list[str]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -161,7 +168,6 @@ class SafetensorsWriter:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + offset)
         self._place |= {name: (path, 8 + len(text) + start) for name, start in starts.items()}
-        self._missing[path] = set(names)
 
     def _write_index(self) -> None:
         index = {

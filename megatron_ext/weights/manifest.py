@@ -32,6 +32,9 @@ class CheckpointManifest(Section):
     family: str = Field(description="model_type of Hugging Face")
     architecture: Architecture
     hf_config: dict[str, Any] = Field(description="config.json of the source")
+    hf_layout: str | None = Field(
+        default=None, description="how the source names its weights, if its family has several"
+    )
     dtype: str = Field(description="bf16, fp16, fp32, or mixed: type of the weights in this checkpoint")
     source_dtype: str = Field(description="type of the weights in the Hugging Face source")
     weight_dtypes: dict[str, str] = Field(

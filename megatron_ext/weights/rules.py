@@ -1,16 +1,18 @@
-"""How one weight changes shape between Hugging Face and megatron-core: each rule serves both directions.
+"""How one weight moves between Hugging Face and megatron-core: rows that change place; one table serves both directions.
 
-Shapes are (out, in) as torch stores them: V vocabulary, H hidden size, F ffn hidden size, A query heads, G query
-groups, D head_dim. ``{i}`` in a name stands for the layer. The module itself is torch-free: rules only call methods
-of the tensors that they are given.
+Shapes are (out, in) as torch stores them: V vocabulary, H hidden size, F ffn hidden size, M ffn hidden size of an
+expert, A query heads, G query groups, D head_dim, E experts. In a name ``{i}`` stands for the layer and ``{e}`` for the
+expert; a Hugging Face name that ends in ``[{e}]`` is the expert's slice of a tensor that stacks all experts.
+The module is torch-free: rules only call methods of the tensors that they are given.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,44 +26,83 @@ def shape_of(legend: str, dims: Dims) -> tuple[int, ...]:
     return tuple(prod(dims[letter] for letter in axis.split("*")) for axis in legend.split())
 
 
-class Rule(Protocol):
-    """One megatron-core weight and the Hugging Face weights that hold the same numbers.
+class Move(NamedTuple):
+    """Rows from ``source`` on of Hugging Face part ``part`` are the rows from ``target`` on in megatron-core."""
 
-    ``only_if`` and ``skip_if`` name a boolean field of Architecture.
+    part: int
+    source: int
+    target: int
+    rows: int
+
+
+class Split(NamedTuple):
+    """How tensor parallelism cuts a megatron-core weight: ``axis`` evenly, within each of ``blocks`` equal blocks."""
+
+    axis: int
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """One megatron-core weight and the Hugging Face weights that hold the same rows.
+
+    ``only_if`` and ``skip_if`` name a field of Architecture that must be set, or must not. ``layout`` is the Hugging
+    Face layout that the rule belongs to, if the family has several.
     """
 
     mcore: str
-    only_if: str | None
-    skip_if: str | None
+    _: KW_ONLY
+    only_if: str | None = None
+    skip_if: str | None = None
+    layout: str | None = None
 
     @property
+    @abstractmethod
     def hf(self) -> tuple[str, ...]:
         """Names of the Hugging Face weights."""
 
     @property
+    @abstractmethod
     def mcore_legend(self) -> str:
         """Shape of the megatron-core weight."""
 
     @property
+    @abstractmethod
     def hf_legends(self) -> tuple[str, ...]:
-        """Shapes of the Hugging Face weights, in the order of ``hf``."""
+        """Shapes of the Hugging Face weights, in the order of ``hf``; of an expert's slice, without the stack's axis."""
+
+    @property
+    @abstractmethod
+    def split(self) -> Split | None:
+        """Where tensor parallelism cuts the weight; None if every rank holds it whole."""
+
+    @abstractmethod
+    def moves(self, dims: Dims) -> tuple[Move, ...]:
+        """Every row of the megatron-core weight exactly once, by ascending ``target``."""
 
     def to_mcore(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
         """Hugging Face weights, in the order of ``hf``, to the megatron-core weight."""
+        weight = parts[0].new_empty(shape_of(self.mcore_legend, dims))
+        for part, source, target, rows in self.moves(dims):
+            weight[target : target + rows] = parts[part][source : source + rows]
+        return weight
 
     def to_hf(self, weight: Tensor, dims: Dims) -> tuple[Tensor, ...]:
         """The exact inverse of ``to_mcore``."""
+        parts = tuple(weight.new_empty(shape_of(legend, dims)) for legend in self.hf_legends)
+        for part, source, target, rows in self.moves(dims):
+            parts[part][source : source + rows] = weight[target : target + rows]
+        return parts
 
 
 @dataclass(frozen=True)
-class Copy:
-    """The same numbers in the same shape."""
+class Copy(Rule):
+    """The same numbers in the same shape; ``axis`` is where tensor parallelism cuts them."""
 
-    mcore: str
     name: str
     legend: str
-    only_if: str | None = None
-    skip_if: str | None = None
+    _: KW_ONLY
+    axis: int | None = None
 
     @property
     def hf(self) -> tuple[str, ...]:
@@ -75,28 +116,26 @@ class Copy:
     def hf_legends(self) -> tuple[str, ...]:
         return (self.legend,)
 
-    def to_mcore(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
-        return parts[0]
+    @property
+    def split(self) -> Split | None:
+        return None if self.axis is None else Split(self.axis)
 
-    def to_hf(self, weight: Tensor, dims: Dims) -> tuple[Tensor, ...]:
-        return (weight,)
+    def moves(self, dims: Dims) -> tuple[Move, ...]:
+        return (Move(0, 0, 0, shape_of(self.legend, dims)[0]),)
 
 
 @dataclass(frozen=True)
-class QKV:
+class QKV(Rule):
     """Query, key and value projections interleaved by query group: A/G query heads, one key head, one value head.
 
     ``columns`` is the legend of what follows the rows: ``"H"`` for weights, empty for biases.
     Source: ``SelfAttention.get_query_key_value_tensors`` of megatron-core.
     """
 
-    mcore: str
     q: str
     k: str
     v: str
     columns: str = "H"
-    only_if: str | None = None
-    skip_if: str | None = None
 
     @property
     def hf(self) -> tuple[str, ...]:
@@ -110,30 +149,34 @@ class QKV:
     def hf_legends(self) -> tuple[str, ...]:
         return (f"A*D {self.columns}", f"G*D {self.columns}", f"G*D {self.columns}")
 
-    def to_mcore(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
-        grouped = [part.reshape(dims["G"], -1, *part.shape[1:]) for part in parts]
-        heads = [part.shape[1] for part in grouped]
-        fused = parts[0].new_empty(dims["G"], sum(heads), *parts[0].shape[1:])
-        for target, source in zip(fused.split(heads, dim=1), grouped, strict=True):
-            target.copy_(source)
-        return fused.reshape(-1, *fused.shape[2:])
+    @property
+    def split(self) -> Split | None:
+        return Split(0)
 
-    def to_hf(self, weight: Tensor, dims: Dims) -> tuple[Tensor, ...]:
-        rows = [dims["A"] // dims["G"] * dims["D"], dims["D"], dims["D"]]
-        grouped = weight.reshape(dims["G"], sum(rows), *weight.shape[1:])
-        return tuple(part.reshape(-1, *weight.shape[1:]) for part in grouped.split(rows, dim=1))
+    def moves(self, dims: Dims) -> tuple[Move, ...]:
+        head, queries = dims["D"], dims["A"] // dims["G"] * dims["D"]
+        moves = []
+        for group in range(dims["G"]):
+            start = group * (queries + 2 * head)
+            moves += [
+                Move(0, group * queries, start, queries),
+                Move(1, group * head, start + queries, head),
+                Move(2, group * head, start + queries + head, head),
+            ]
+        return tuple(moves)
 
 
 @dataclass(frozen=True)
-class GateUp:
-    """The two inputs of a gated activation, one above the other: gate (activated), then up."""
+class GateUp(Rule):
+    """The two inputs of a gated activation, one above the other: gate (activated), then up.
 
-    mcore: str
+    ``rows`` and ``columns`` are the legends of one of them; ``columns`` is empty for biases.
+    """
+
     gate: str
     up: str
     columns: str = "H"
-    only_if: str | None = None
-    skip_if: str | None = None
+    rows: str = "F"
 
     @property
     def hf(self) -> tuple[str, ...]:
@@ -141,17 +184,44 @@ class GateUp:
 
     @property
     def mcore_legend(self) -> str:
-        return f"2*F {self.columns}"
+        return f"2*{self.rows} {self.columns}"
 
     @property
     def hf_legends(self) -> tuple[str, ...]:
-        return (f"F {self.columns}",) * 2
+        return (f"{self.rows} {self.columns}",) * 2
 
-    def to_mcore(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
-        fused = parts[0].new_empty(2 * dims["F"], *parts[0].shape[1:])
-        for target, source in zip(fused.split(dims["F"]), parts, strict=True):
-            target.copy_(source)
-        return fused
+    @property
+    def split(self) -> Split | None:
+        return Split(0, blocks=2)
 
-    def to_hf(self, weight: Tensor, dims: Dims) -> tuple[Tensor, ...]:
-        return weight.split(dims["F"])
+    def moves(self, dims: Dims) -> tuple[Move, ...]:
+        size = dims[self.rows]
+        return (Move(0, 0, 0, size), Move(1, 0, size, size))
+
+
+@dataclass(frozen=True)
+class StackedGateUp(Rule):
+    """Gate above up in one Hugging Face tensor, as Hugging Face's stacked experts keep them: the same rows."""
+
+    name: str
+    columns: str = "H"
+    rows: str = "M"
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def mcore_legend(self) -> str:
+        return f"2*{self.rows} {self.columns}"
+
+    @property
+    def hf_legends(self) -> tuple[str, ...]:
+        return (self.mcore_legend,)
+
+    @property
+    def split(self) -> Split | None:
+        return Split(0, blocks=2)
+
+    def moves(self, dims: Dims) -> tuple[Move, ...]:
+        return (Move(0, 0, 0, 2 * dims[self.rows]),)

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,11 +29,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_ext.errors import CheckpointError
+from megatron_ext.families.base import Architecture, Weight
 
 MAX_FILE_BYTES = 4 << 30
-MAX_CHUNK_BYTES = 64 << 20
 BLOB_OVERHEAD = 2048
 """Bytes that ``torch.save`` adds to a tensor's own, at most."""
+
+EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+TE_EXTRA_STATES = ("self_attention.core_attention",)
+"""Modules of a layer that keep an (empty) object beside their weights: all, and those of Transformer Engine only."""
 
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -47,31 +50,31 @@ FORMAT = {
 class TorchDistWriter:
     """Writes chunks as they come; ``close`` makes the folder a checkpoint."""
 
-    def __init__(self, folder: Path, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> None:
+    def __init__(self, folder: Path, architecture: Architecture) -> None:
         folder.mkdir(parents=True)
-        self._folder, self._max_chunk_bytes = folder, max_chunk_bytes
+        self._folder, self._architecture = folder, architecture
         self._file: BinaryIO | None = None
         self._name, self._files = "", 0
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
-    def tensor(self, key: str, shape: tuple[int, ...], offset: tuple[int, ...], part: torch.Tensor) -> None:
-        """Write ``part``, at ``offset`` of the tensor ``key`` of global ``shape``, in pieces of bounded size."""
+    def write(self, weight: Weight, start: int, rows: torch.Tensor) -> None:
+        """Write ``rows`` of ``weight``, from row ``start`` on, as one chunk."""
         entry = self._entries.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=part.dtype), torch.Size(shape), [])
+            weight.key, TensorStorageMetadata(TensorProperties(dtype=rows.dtype), torch.Size(weight.shape), [])
         )
-        for start, piece in self._pieces(part):
-            place = torch.Size(a + b for a, b in zip(offset, start, strict=True))
-            self._blob(MetadataIndex(key, place), _alone(piece))
-            entry.chunks.append(ChunkStorageMetadata(place, piece.shape))
-
-    def extra_state(self, key: str) -> None:
-        """An empty object, as modules of Transformer Engine expect one beside their weights."""
-        self._blob(MetadataIndex(key), [None])
-        self._entries[key] = BytesStorageMetadata()
+        place = torch.Size((*weight.index, start, *[0] * (rows.ndim - 1)))
+        chunk = rows[(None,) * len(weight.index)]
+        self._blob(MetadataIndex(weight.key, place), _alone(chunk))
+        entry.chunks.append(ChunkStorageMetadata(place, chunk.shape))
 
     def close(self) -> None:
-        """Write the metadata, last, by one rename."""
+        """Write the extra states and, last, by one rename, the metadata."""
+        layers = self._architecture.num_layers
+        for layer in range(layers):
+            for module in (*EXTRA_STATES, *TE_EXTRA_STATES):
+                self._extra_state(f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}")
+        self._extra_state("decoder.final_layernorm._extra_state/shard_0_1")
         if self._file:
             self._file.close()
         torch.save({}, self._folder / "common.pt")
@@ -83,15 +86,10 @@ class TorchDistWriter:
         partial.write_bytes(pickle.dumps(metadata))
         os.replace(partial, self._folder / ".metadata")
 
-    def _pieces(self, part: torch.Tensor) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-        axis = next((i for i, size in enumerate(part.shape) if size > 1), None)
-        if axis is None or part.nbytes <= self._max_chunk_bytes:
-            yield (0,) * part.ndim, part
-            return
-        rows = max(1, self._max_chunk_bytes * part.shape[axis] // part.nbytes)
-        for start in range(0, part.shape[axis], rows):
-            length = min(rows, part.shape[axis] - start)
-            yield tuple(start if i == axis else 0 for i in range(part.ndim)), part.narrow(axis, start, length)
+    def _extra_state(self, key: str) -> None:
+        """An empty object, as modules of Transformer Engine expect one beside their weights."""
+        self._blob(MetadataIndex(key), [None])
+        self._entries[key] = BytesStorageMetadata()
 
     def _blob(self, index: MetadataIndex, value: Any) -> None:
         if self._file is None or self._file.tell() >= MAX_FILE_BYTES:
@@ -131,6 +129,13 @@ class TorchDistReader:
                 self.dtypes[key] = entry.properties.dtype
                 self._chunks[key] = entry.chunks
         self._storage = metadata.storage_data or {}
+        self._last: tuple[_StorageInfo | None, torch.Tensor | None] = (None, None)
+
+    def rows(self, weight: Weight, start: int, count: int) -> torch.Tensor:
+        """``count`` rows of ``weight``, of its layer and expert, from ``start`` on."""
+        own = (count, *weight.own_shape[1:])
+        begin = (*weight.index, start, *[0] * (len(own) - 1))
+        return self.read(weight.key, begin, (*[1] * len(weight.index), *own)).reshape(own)
 
     def read(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """The region of ``shape`` that begins at ``start`` of the tensor ``key``."""
@@ -158,6 +163,8 @@ class TorchDistReader:
         place = self._storage.get(MetadataIndex(key, chunk.offsets))
         if place is None:
             raise CheckpointError(f"{self._folder / '.metadata'} does not place {key} at {tuple(chunk.offsets)}")
+        if place is self._last[0]:
+            return self._last[1]
         path = self._folder / place.relative_path
         try:
             file = self._files.get(path.name) or self._files.setdefault(path.name, path.open("rb"))
@@ -173,6 +180,7 @@ class TorchDistReader:
             raise CheckpointError(f"{path} is truncated or damaged: {key} cannot be read ({reason})") from None
         if not isinstance(blob, torch.Tensor) or blob.shape != chunk.sizes:
             raise CheckpointError(f"{path} is damaged: {key} at {tuple(chunk.offsets)} is not what .metadata says")
+        self._last = place, blob
         return blob
 
     def _read_metadata(self) -> Metadata:

@@ -46,7 +46,8 @@ def test_plan_covers_what_transformers_builds_for_the_real_config(name):
     theirs = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     family = find_family(name)
     architecture: Architecture = read_architecture(family, config.to_dict())
-    assert {key: shape for weight in family.plan(architecture) for key, shape in weight.hf.items()} == theirs
+    ours = {part.name: part.tensor_shape for weight in family.plan(architecture) for part in weight.parts}
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

@@ -1,0 +1,86 @@
+"""Rows of weights on their way between Hugging Face and megatron-core, in pieces of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import prod
+from typing import Any, Protocol
+
+import torch
+
+from megatron_ext.families.base import Part, Weight
+from megatron_ext.weights.rules import Move
+
+PIECE_BYTES = 64 << 20
+"""Most bytes of a tensor that are in memory at once, if its rows are not larger."""
+
+
+class HFReader(Protocol):
+    """Gives rows of Hugging Face weights."""
+
+    def rows(self, part: Part, start: int, count: int) -> torch.Tensor:
+        """``count`` rows of ``part`` from ``start`` on; backed by the file where that is possible."""
+
+
+class CheckpointReader(Protocol):
+    """Gives rows of megatron-core weights, whatever the layout on disk."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    def rows(self, weight: Weight, start: int, count: int) -> torch.Tensor:
+        """``count`` rows of ``weight``, of its layer and expert, from ``start`` on."""
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+class CheckpointWriter(Protocol):
+    """Takes rows of megatron-core weights; each row comes once, by ascending row within a weight."""
+
+    def write(self, weight: Weight, start: int, rows: torch.Tensor) -> None:
+        """The rows of ``weight``, of its layer and expert, from ``start`` on."""
+
+    def close(self) -> None:
+        """Finish the checkpoint; before that a reader refuses it."""
+
+
+def row_blocks(weight: Weight, dtype: torch.dtype, most: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+    """(start, count) of blocks of the weight's rows, each of ``most`` bytes at most."""
+    total = weight.own_shape[0]
+    step = max(1, most // row_bytes(weight.own_shape, dtype))
+    for start in range(0, total, step):
+        yield start, min(step, total - start)
+
+
+def bounded(moves: Iterable[Move], bytes_a_row: int, most: int = PIECE_BYTES) -> Iterator[Move]:
+    """``moves`` cut into moves of ``most`` bytes at most."""
+    step = max(1, most // bytes_a_row)
+    for part, source, target, rows in moves:
+        for done in range(0, rows, step):
+            yield Move(part, source + done, target + done, min(step, rows - done))
+
+
+def gathered(weight: Weight, source: HFReader, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of the megatron-core weight, put together from those of the Hugging Face weights."""
+    pieces = []
+    for part, first, target, rows in weight.moves:
+        low, high = max(start, target), min(start + count, target + rows)
+        if low < high:
+            pieces.append(source.rows(weight.parts[part], first + low - target, high - low))
+    if len(pieces) == 1:
+        return pieces[0].to(dtype)
+    block = torch.empty((count, *weight.own_shape[1:]), dtype=dtype)
+    for target, piece in zip(block.split([len(piece) for piece in pieces]), pieces, strict=True):
+        target.copy_(piece)
+    return block
+
+
+def row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of one row."""
+    return prod(shape[1:]) * dtype.itemsize
+
+
+def stored_bytes(plan: Iterable[Weight], dtypes: dict[str, Any]) -> int:
+    """Bytes of all tensors of the checkpoint."""
+    return sum(prod(shape) * dtypes[key].itemsize for key, shape in {w.key: w.shape for w in plan}.items())
