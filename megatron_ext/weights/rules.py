@@ -1,4 +1,4 @@
-"""How one weight moves between Hugging Face and megatron-core: rows that change place; one table serves both directions.
+"""How one weight moves between Hugging Face and megatron-core: rows that change place, one table for both directions.
 
 Shapes are (out, in) as torch stores them: V vocabulary, H hidden size, F ffn hidden size, M ffn hidden size of an
 expert, A query heads, G query groups, D head_dim, E experts. In a name ``{i}`` stands for the layer and ``{e}`` for the
@@ -69,7 +69,7 @@ class Rule(ABC):
     @property
     @abstractmethod
     def hf_legends(self) -> tuple[str, ...]:
-        """Shapes of the Hugging Face weights, in the order of ``hf``; of an expert's slice, without the stack's axis."""
+        """Shapes of the Hugging Face weights, in the order of ``hf``; an expert's slice without the stack's axis."""
 
     @property
     @abstractmethod
