@@ -68,14 +68,23 @@ class TrainConfig(Section):
         default="cosine", description="Shape of the decay."
     )
     lr_warmup_iters: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0.")
+    lr_warmup_tokens: int | None = Field(
+        default=None, ge=0, description="Instead of lr_warmup_iters: tokens // (global_batch_size * seq_length) steps."
+    )
     lr_wsd_decay_iters: int | None = Field(default=None, ge=1, description="Steps of the final decay of WSD.")
     weight_decay: float = Field(default=0.1, ge=0, description="AdamW weight decay (not on biases and norms).")
     adam_beta1: float = Field(default=0.9, gt=0, lt=1)
     adam_beta2: float = Field(default=0.95, gt=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0, description="Global gradient norm limit; 0 switches clipping off.")
-    precision: Literal["fp32", "bf16"] = Field(
-        default="bf16", description="Arithmetic of forward and backward; main weights and optimizer state stay fp32."
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = Field(
+        default="bf16",
+        description="Arithmetic of forward and backward; main weights and optimizer state stay fp32. fp16 scales the "
+        "loss dynamically; fp8 (hybrid, beside bf16) needs Transformer Engine.",
+    )
+    initial_loss_scale: float = Field(default=65536.0, ge=1, description="fp16: what the loss is multiplied by first.")
+    loss_scale_window: int = Field(
+        default=1000, ge=1, description="fp16: steps without overflow after which the scale doubles."
     )
     packing: bool = Field(default=True, description="Put several samples into one sequence, attention kept apart.")
     overlong: Literal["truncate", "drop"] = Field(
@@ -93,6 +102,8 @@ class TrainConfig(Section):
             raise ValueError(f"exactly one of train_iters, train_epochs, train_tokens must be given, not {found}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is greater than lr {self.lr}")
+        if self.lr_warmup_iters and self.lr_warmup_tokens is not None:
+            raise ValueError("lr_warmup_iters and lr_warmup_tokens exclude each other; give one of them")
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:
             raise ValueError("lr_decay_style WSD needs lr_wsd_decay_iters")
         return self
@@ -135,10 +146,29 @@ class RuntimeConfig(Section):
     sequence_parallel: bool = Field(
         default=False, description="Split norms and dropout along the sequence; needs tensor parallelism."
     )
+    recompute_granularity: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="What backward computes again instead of keeping: nothing, attention's inside, or whole layers.",
+    )
+    recompute_method: Literal["uniform", "block"] = Field(
+        default="uniform",
+        description="full: groups of recompute_num_layers over all layers, or the first recompute_num_layers layers.",
+    )
+    recompute_num_layers: int = Field(default=1, ge=1, description="Layers of a group, or of the block, a stage.")
     use_distributed_optimizer: bool = Field(
         default=True, description="Shard the optimizer state over data-parallel ranks (ZeRO-1)."
     )
     save_interval: int = Field(default=500, ge=1, description="Steps between resumable checkpoints.")
+    keep_last: int = Field(default=1, ge=1, description="Resumable checkpoints that stay while training goes on.")
+    keep_every: int | None = Field(
+        default=None, ge=1, description="Steps: a checkpoint whose step is a multiple stays for good; empty keeps none."
+    )
+    hang_timeout: int = Field(
+        default=1800,
+        ge=10,
+        description="Seconds without a finished step after which a rank counts as hung; it "
+        "writes its stacks into the log and ends, and a rerun goes on from the last checkpoint.",
+    )
     log_interval: int = Field(default=10, ge=1, description="Steps between metric records.")
     evaluate_batch_size: int = Field(default=16, ge=1, description="Documents scored at once.")
     grace_seconds: int = Field(default=120, ge=1, description="Time to save after a stop is asked for.")
