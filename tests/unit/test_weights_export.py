@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bare import bare_weight
 from safetensors.torch import load_file
 from tiny import write_model
 
 from megatron_ext.errors import CheckpointError, UnsupportedModelError, VocabularyError
 from megatron_ext.events import Events
+from megatron_ext.families.base import Part
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 from megatron_ext.weights.hf import SafetensorsWriter, TensorInfo
@@ -151,11 +153,13 @@ def test_damaged_metadata_is_named(name, place):
 def test_optimizer_state_beside_the_weights_is_not_exported(place):
     release = place / "checkpoint" / "release"
     source = TorchDistReader(release)
-    writer = TorchDistWriter(place / "checkpoint" / "iter_0000003")
+    writer = TorchDistWriter(place / "checkpoint" / "iter_0000003", read_manifest(place / "checkpoint").architecture)
     for key, shape in source.shapes.items():
-        start = (0,) * len(shape)
-        writer.tensor(key, shape, start, source.read(key, start, shape))
-        writer.tensor(f"optimizer.state.exp_avg.{key}", shape, start, torch.zeros(shape))
+        for name, value in (
+            (key, source.read(key, (0,) * len(shape), shape)),
+            (f"optimizer.{key}", torch.zeros(shape)),
+        ):
+            writer.write(bare_weight(name, shape), 0, value)
     writer.close()
     shutil.rmtree(release)
     write_latest(place / "checkpoint", 3)
@@ -179,7 +183,7 @@ def test_tensors_of_odd_sizes_and_several_types_are_written_where_readers_expect
     announced = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     writer = SafetensorsWriter(tmp_path, announced, max_shard_size=1000)
     for name in reversed(tensors):
-        writer.write(name, tensors[name])
+        writer.write(Part(name, announced[name].shape), 0, tensors[name])
     writer.close()
     loaded = load_file(tmp_path / "model.safetensors")
     assert loaded.keys() == tensors.keys()
