@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megatron_ext.errors import ConfigError
 
 Dtype = Literal["bf16", "fp16", "fp32"]
+VocabInit = Literal["mean", "zeros", "normal"]
 DatasetFormat = Literal["auto", "alpaca", "sharegpt", "messages"]
 
 
@@ -26,6 +27,24 @@ class Section(BaseModel):
     """Base of all configuration: frozen, and a key it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class UpcycleConfig(Section):
+    """A dense model as the start of a mixture of experts: every expert begins as a copy of the layer's MLP."""
+
+    num_experts: int = Field(default=8, ge=2, description="Experts a layer.")
+    topk: int = Field(default=2, ge=1, description="Experts a token; their weights are normalised to a sum of 1.")
+    router_init_std: float = Field(default=0.02, ge=0, description="Standard deviation of the random router.")
+    noise_std: float = Field(
+        default=0.0, ge=0, description="Standard deviation of what is added to every expert's weights; 0 copies them."
+    )
+    seed: int = Field(default=1234, ge=0, description="Seed of router and noise.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> UpcycleConfig:
+        if self.topk > self.num_experts:
+            raise ValueError(f"topk {self.topk} is more than num_experts {self.num_experts}")
+        return self
 
 
 class ModelConfig(Section):
@@ -38,6 +57,13 @@ class ModelConfig(Section):
     dtype: Dtype | None = Field(
         default=None, description="Type of the converted weights; empty keeps each tensor's own."
     )
+    extra_vocab_size: int = Field(
+        default=0, ge=0, description="Rows that the embedding and the output layer get for tokens that were added."
+    )
+    extra_vocab_init: VocabInit = Field(
+        default="mean", description="Start of those rows: the mean of the old ones, zeros, or normal with their std."
+    )
+    upcycle: UpcycleConfig | None = Field(default=None, description="Make a mixture of experts of a dense model.")
 
 
 class DataConfig(Section):
@@ -145,6 +171,12 @@ class RuntimeConfig(Section):
     pipeline_model_parallel_size: int = Field(default=1, ge=1)
     sequence_parallel: bool = Field(
         default=False, description="Split norms and dropout along the sequence; needs tensor parallelism."
+    )
+    make_vocab_size_divisible_by: int = Field(
+        default=128,
+        ge=1,
+        description="The embedding's rows are padded to a multiple of this x tensor_model_parallel_size in training; "
+        "padding takes no probability and is never exported.",
     )
     recompute_granularity: Literal["none", "selective", "full"] = Field(
         default="none",
