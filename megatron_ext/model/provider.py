@@ -22,7 +22,7 @@ from megatron_ext.model.norm import Norm
 from megatron_ext.model.rotary import PositionedRotary
 from megatron_ext.platforms.base import Platform
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
@@ -50,7 +50,9 @@ def transformer_config(
         add_qkv_bias=architecture.add_qkv_bias,
         hidden_dropout=train.hidden_dropout,
         attention_dropout=train.attention_dropout,
-        bf16=train.precision == "bf16",
+        bf16=train.precision in ("bf16", "fp8"),
+        fp16=train.precision == "fp16",
+        fp8="hybrid" if train.precision == "fp8" else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=runtime.tensor_model_parallel_size,
@@ -66,9 +68,21 @@ def transformer_config(
         embedding_init_method=_keep,
         apply_rope_fusion=fused,
         persist_layer_norm=fused,
+        **_recomputation(runtime),
         bias_activation_fusion=not on_cpu and architecture.activation in ("silu", "gelu"),
         bias_dropout_fusion=not on_cpu,
     )
+
+
+def _recomputation(runtime: RuntimeConfig) -> dict[str, Any]:
+    if runtime.recompute_granularity != "full":
+        granularity = None if runtime.recompute_granularity == "none" else runtime.recompute_granularity
+        return {"recompute_granularity": granularity}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": runtime.recompute_method,
+        "recompute_num_layers": runtime.recompute_num_layers,
+    }
 
 
 def _keep(weight: torch.Tensor) -> torch.Tensor:

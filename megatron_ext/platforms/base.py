@@ -35,15 +35,19 @@ class Platform(ABC):
         """Whether the model is built from Transformer Engine's layers: its attention over packed sequences (``thd``)
         has no fp32 kernel.
         """
-        return precision == "bf16" and self.transformer_engine()
+        return precision != "fp32" and self.transformer_engine()
 
     @abstractmethod
     def device_name(self) -> str:
         """What the device calls itself."""
 
     def peak_memory(self) -> int:
-        """Most bytes of device memory held so far; 0 where the device does not count."""
+        """Most bytes of device memory held so far."""
         return 0
+
+    def peak_flops(self, precision: str) -> float | None:
+        """Dense FLOP a second that the vendor promises of one device; None where it is not known."""
+        return None
 
 
 def platforms() -> dict[str, Platform]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,10 @@ class CPU(Platform):
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
         return names[0] if names else "CPU"
+
+    def peak_memory(self) -> int:
+        """Most bytes of main memory that this process has held."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Stream:

@@ -7,6 +7,20 @@ import os
 
 from megatron_ext.platforms.base import Platform, default_environment
 
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}
+"""Part of the device's name -> dense bf16 and fp16 FLOP a second, without sparsity (NVIDIA's data sheets)."""
+
 
 class CUDA(Platform):
     name = "cuda"
@@ -53,3 +67,8 @@ class CUDA(Platform):
         import torch
 
         return torch.cuda.max_memory_allocated()
+
+    def peak_flops(self, precision: str) -> float | None:
+        name = self.device_name()
+        known = next((peak for part, peak in PEAKS.items() if part in name), None)
+        return known if precision in ("bf16", "fp16") else None

@@ -86,7 +86,10 @@ def _train(setup: Setup, platform: Any, events: Events) -> dict[str, Any]:
     from megatron_ext.training.metrics import Diary
     from megatron_ext.training.parallel import announce
     from megatron_ext.training.steps import Trainer
+    from megatron_ext.training.watch import Heartbeat
 
+    heart = Heartbeat(setup.runtime.hang_timeout)
+    heart.beat()
     trainer = Trainer(setup, platform)
     if dist.get_rank() == 0:
         write_run(setup.out, setup.state)
@@ -94,15 +97,18 @@ def _train(setup: Setup, platform: Any, events: Events) -> dict[str, Any]:
     announce(events, platform, setup.state.num_threads)
     if checkpoints.resume(setup.out, trainer.state):
         events.note(f"resumed after step {trainer.state.step}")
-    diary = Diary(setup.out, setup.train, setup.plan, events, setup.runtime.log_interval)
+    architecture, interval = setup.manifest.architecture, setup.runtime.log_interval
+    diary = Diary(setup.out, setup.train, setup.plan, events, interval, architecture, platform)
     diary.open(trainer.state.step)
     while trainer.state.step < setup.plan.iterations:
+        heart.beat()
         diary.start_step()
-        loss, tokens, stop = trainer.compute()
-        _look(setup, trainer.state.step, "loss", loss)
-        lr, grad_norm = trainer.update()
-        _look(setup, trainer.state.step - 1, "gradient norm", grad_norm)
-        diary.end_step(trainer.state.step, loss, tokens, lr, grad_norm)
+        computed = trainer.compute()
+        stop = computed.stop
+        _look(setup, trainer.state.step, "loss", computed.loss)
+        result = trainer.update(computed)
+        _look(setup, trainer.state.step - 1, "gradient norm", result.grad_norm)
+        diary.end_step(trainer.state.step, result)
         last = trainer.state.step == setup.plan.iterations
         if not last and (stop or trainer.state.step % setup.runtime.save_interval == 0):
             checkpoints.save_state(setup.out, trainer.state)
@@ -112,7 +118,10 @@ def _train(setup: Setup, platform: Any, events: Events) -> dict[str, Any]:
             events.emit("interrupted", step=trainer.state.step)
             raise JobInterrupted(f"stopped after step {trainer.state.step}")
     figures = diary.close()
-    return _finish(setup, trainer, figures)
+    heart.beat()
+    summary = _finish(setup, trainer, figures)
+    heart.stop()
+    return summary
 
 
 def _look(setup: Setup, step: int, name: str, value: float) -> None:
@@ -120,12 +129,11 @@ def _look(setup: Setup, step: int, name: str, value: float) -> None:
     if math.isfinite(value):
         return
     from megatron_ext.training.checkpoints import last_checkpoint
+    from megatron_ext.training.metrics import shown
 
-    samples = setup.plan.sample_ids(step)
-    shown = ", ".join(map(str, samples[:16])) + (f" and {len(samples) - 16} more" if len(samples) > 16 else "")
     raise TrainingDivergedError(
-        f"the {name} of step {step + 1} is {value}; its samples were {shown}; last checkpoint: "
-        f"{last_checkpoint(setup.out)}; lower train.lr or look at these samples with mflow inspect"
+        f"the {name} of step {step + 1} is {value}; its samples were {shown(setup.plan.sample_ids(step))}; "
+        f"last checkpoint: {last_checkpoint(setup.out)}; lower train.lr or look at these samples with mflow inspect"
     )
 
 

@@ -1,8 +1,10 @@
 """The training's diary: metrics.jsonl, TensorBoard and events, written by rank 0.
 
 A record: step (counted from 1), loss (mean over trained tokens), lr, grad_norm, tokens (computed, without padding),
-trained_tokens, tokens_per_second, tokens_per_second_per_device, step_time (seconds), padding (share of
-global_batch_size x seq_length that holds no token), consumed_tokens (since step 1), sample_ids.
+trained_tokens, tokens_per_second, tokens_per_second_per_device, step_time (seconds), flops (model FLOP a second),
+mfu (share of the devices' peak, where it is known), memory (bytes, peak of rank 0), padding (share of
+global_batch_size x seq_length that holds no token), consumed_tokens (since step 1), sample_ids; in fp16 loss_scale and
+skipped (1 if the step overflowed and changed nothing).
 """
 
 from __future__ import annotations
@@ -14,14 +16,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_ext.config import TrainConfig
 from megatron_ext.events import Events
+from megatron_ext.families.base import Architecture
+from megatron_ext.platforms.base import Platform
+from megatron_ext.training.flops import training_flops
 from megatron_ext.training.plan import Plan
+from megatron_ext.training.watch import Spikes
 
 METRICS = "metrics.jsonl"
-CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "tokens_per_second_per_device", "step_time", "padding")
+NO_CURVE = {"step", "sample_ids"}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: what was computed, and what the update did."""
+
+    loss: float
+    trained_tokens: int
+    lr: float
+    grad_norm: float
+    extra: dict[str, float] = field(default_factory=dict)
+    """Further values of this objective or precision, by name."""
 
 
 @dataclass
@@ -33,9 +52,12 @@ class Diary:
     plan: Plan
     events: Events
     log_interval: int
+    architecture: Architecture
+    platform: Platform
     consumed: int = 0
     _tokens: int = 0
     _seconds: float = 0.0
+    _flops: float = 0.0
     _all_seconds: float = 0.0
     _all_tokens: int = 0
     _last: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +66,7 @@ class Diary:
         """Go on after ``step``: records of steps that will be done again are dropped."""
         self._first = dist.get_rank() == 0
         self._started = time.perf_counter()
+        self._spikes = [Spikes("loss"), Spikes("grad_norm")]
         if not self._first:
             return
         path = self.out / METRICS
@@ -60,40 +83,59 @@ class Diary:
         self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
         self.events.emit("progress", done=step, total=self.plan.iterations, unit="steps")
 
+    def step_lengths(self, step: int) -> np.ndarray:
+        """(N,) computed tokens of each sample of step ``step`` (from 0): a sample's last token is only a label."""
+        return np.concatenate([self.plan.lengths[self.plan.samples(s)] - 1 for s in self.plan.sequences(step).tolist()])
+
     def step_tokens(self, step: int) -> int:
-        """Tokens that step ``step`` (from 0) computes: each sample's last token is only a label."""
-        return sum(int((self.plan.lengths[self.plan.samples(s)] - 1).sum()) for s in self.plan.sequences(step).tolist())
+        """Tokens that step ``step`` (from 0) computes."""
+        return int(self.step_lengths(step).sum())
 
     def start_step(self) -> None:
         self._began = time.perf_counter()
 
-    def end_step(self, step: int, loss: float, trained_tokens: int, lr: float, grad_norm: float) -> None:
+    def end_step(self, step: int, result: StepResult) -> None:
         """Record optimizer step ``step`` (from 1), which has just been done."""
-        seconds, tokens = time.perf_counter() - self._began, self.step_tokens(step - 1)
+        seconds, lengths = time.perf_counter() - self._began, self.step_lengths(step - 1)
+        tokens = int(lengths.sum())
         self.consumed += tokens
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+        self._flops += training_flops(self.architecture, lengths)
         self._all_tokens, self._all_seconds = self._all_tokens + tokens, self._all_seconds + seconds
-        if not self._first or (step % self.log_interval and step not in (1, self.plan.iterations)):
+        if not self._first:
             return
-        speed = self._tokens / self._seconds
+        for spikes, value in zip(self._spikes, (result.loss, result.grad_norm), strict=True):
+            if sentence := spikes.look(step, value):
+                self.events.note(f"{sentence}; its samples: {shown(self.plan.sample_ids(step - 1))}")
+        if step % self.log_interval == 0 or step in (1, self.plan.iterations):
+            self._record(step, result, seconds, tokens)
+
+    def _record(self, step: int, result: StepResult, seconds: float, tokens: int) -> None:
+        speed, flops, devices = self._tokens / self._seconds, self._flops / self._seconds, dist.get_world_size()
+        peak = self.platform.peak_flops(self.train.precision)
         self._last = {
             "step": step,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            **result.extra,
             "tokens": tokens,
-            "trained_tokens": trained_tokens,
+            "trained_tokens": result.trained_tokens,
             "consumed_tokens": self.consumed,
             "tokens_per_second": round(speed, 1),
-            "tokens_per_second_per_device": round(speed / dist.get_world_size(), 1),
+            "tokens_per_second_per_device": round(speed / devices, 1),
             "step_time": round(seconds, 4),
+            "flops": float(f"{flops:.4g}"),
+            **({"mfu": round(flops / (peak * devices), 4)} if peak else {}),
+            "memory": self.platform.peak_memory(),
             "padding": round(1 - tokens / (self.train.global_batch_size * self.train.seq_length), 4),
         }
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
         self._file.write(json.dumps({**self._last, "sample_ids": self.plan.sample_ids(step - 1)}) + "\n")
         self._file.flush()
-        for name in CURVES:
-            self._board.add_scalar(f"train/{name}", self._last[name], step)
+        for name, value in self._last.items():
+            if name not in NO_CURVE:
+                self._board.add_scalar(f"train/{name}", value, step)
         self.events.emit("metrics", **self._last)
         self.events.emit(
             "progress", done=step, total=self.plan.iterations, unit="steps", tokens_per_second=round(speed, 1)
@@ -113,6 +155,11 @@ class Diary:
             "tokens_per_second_per_device": round(speed / dist.get_world_size(), 1),
             "seconds": round(time.perf_counter() - self._started, 2),
         }
+
+
+def shown(samples: list[int]) -> str:
+    """The first few of ``samples``, for a sentence."""
+    return ", ".join(map(str, samples[:16])) + (f" and {len(samples) - 16} more" if len(samples) > 16 else "")
 
 
 def _lines(path: Path) -> list[str]:

@@ -21,7 +21,7 @@ def data_parallel(model: Any, train: TrainConfig, runtime: RuntimeConfig) -> Dis
         use_distributed_optimizer=runtime.use_distributed_optimizer,
         check_for_nan_in_grad=False,  # the loop looks at the loss before and at the norm after, and says more
     )
-    wrapped = Float16Module(config, model) if train.precision == "bf16" else model
+    wrapped = model if train.precision == "fp32" else Float16Module(config, model)
     return DistributedDataParallel(config, settings, wrapped)
 
 
@@ -36,11 +36,16 @@ def adamw(model: DistributedDataParallel, train: TrainConfig, runtime: RuntimeCo
         adam_beta2=train.adam_beta2,
         adam_eps=train.adam_eps,
         clip_grad=train.clip_grad,
-        bf16=train.precision == "bf16",
+        bf16=train.precision in ("bf16", "fp8"),
+        fp16=train.precision == "fp16",
+        initial_loss_scale=train.initial_loss_scale,
+        loss_scale_window=train.loss_scale_window,
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=runtime.use_distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+    if train.precision == "fp16":
+        model.config.grad_scale_func = optimizer.scale_loss
     for inner in megatron_fixes.torch_adamw(optimizer):
         megatron_fixes.fill_adam_state(inner)
         for group in inner.param_groups:

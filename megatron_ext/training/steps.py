@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from megatron_ext.platforms.base import Platform
 from megatron_ext.training.batches import Batches
 from megatron_ext.training.checkpoints import TrainingState, load_weights
 from megatron_ext.training.losses import forward_step
+from megatron_ext.training.metrics import StepResult
 from megatron_ext.training.optimizer import adamw, data_parallel
 from megatron_ext.training.parallel import row_multiple
 from megatron_ext.training.plan import parameters
@@ -22,6 +24,15 @@ from megatron_ext.training.schedule import learning_rate, scheduler
 
 if TYPE_CHECKING:
     from megatron_ext.training.loop import Setup
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What forward and backward of one step found, over all ranks."""
+
+    loss: float
+    tokens: int  # trained ones
+    stop: bool  # whether any rank was asked to stop
 
 
 class Trainer:
@@ -50,8 +61,8 @@ class Trainer:
         self.forward_step = forward_step(setup.manifest.vocab_size)
         self.sums = torch.float32 if platform.name == "npu" else torch.float64
 
-    def compute(self) -> tuple[float, int, bool]:
-        """Gradients of the coming step: its loss, its trained tokens, and whether any rank was asked to stop."""
+    def compute(self) -> Computed:
+        """Gradients of the coming step."""
         self.model.zero_grad_buffer()
         self.state.optimizer.zero_grad()
         runtime, train = self.setup.runtime, self.setup.train
@@ -71,12 +82,17 @@ class Trainer:
         sums = torch.cat([loss.to(self.sums)[None], torch.tensor(counts, dtype=self.sums, device=loss.device)])
         dist.all_reduce(sums)
         total, tokens, stops = sums.tolist()
-        return total / tokens, int(tokens), stops > 0
+        return Computed(total / tokens, int(tokens), stops > 0)
 
-    def update(self) -> tuple[float, float]:
-        """Apply the gradients: the learning rate that was used, and the norm of the gradient before clipping."""
-        lr = learning_rate(self.state.optimizer)
-        _, grad_norm, _ = self.state.optimizer.step()
-        self.state.scheduler.step(1)
+    def update(self, computed: Computed) -> StepResult:
+        """Apply the gradients, unless a gradient overflowed in fp16: then the scale falls and nothing else changes."""
+        lr, extra = learning_rate(self.state.optimizer), {}
+        if self.setup.train.precision == "fp16":
+            extra["loss_scale"] = float(self.state.optimizer.get_loss_scale().item())
+        applied, grad_norm, _ = self.state.optimizer.step()
+        if extra:
+            extra["skipped"] = float(not applied)
+        if applied:
+            self.state.scheduler.step(1)
         self.state.step += 1
-        return lr, float(grad_norm if grad_norm is not None else 0.0)
+        return StepResult(computed.loss, computed.tokens, lr, float(grad_norm if grad_norm is not None else 0.0), extra)
