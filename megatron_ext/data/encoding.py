@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from megatron_ext.data.chat_templates import read_tokenizer_config
 from megatron_ext.data.rendering import Rendered, Span
-from megatron_ext.errors import SourceError, VocabularyError
-from megatron_ext.hf_folder import read_config
+from megatron_ext.data.tokenizers import load_tokenizer, read_tokenizer, require_vocabulary
+
+__all__ = ["Batch", "encode", "load_tokenizer", "read_tokenizer", "require_vocabulary", "to_arrays", "token_span"]
 
 
 class Batch(NamedTuple):
@@ -27,64 +26,6 @@ class Batch(NamedTuple):
     ids: np.ndarray
     mask: np.ndarray
     lengths: np.ndarray
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The fast tokenizer in a Hugging Face folder, without the truncation and padding it may ask for.
-
-    Raises:
-        SourceError: there is no tokenizer.json, or it cannot be read.
-        VocabularyError: tokenizer_config.json adds tokens that tokenizer.json does not know.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise SourceError(
-            f"{folder} has no tokenizer.json, which tokenizing needs; make one with transformers: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    tokenizer = read_tokenizer(path)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    added = read_tokenizer_config(folder).get("added_tokens_decoder") or {}
-    for number, token in added.items():
-        if (content := token["content"]) not in vocabulary:
-            raise VocabularyError(
-                f"{folder}: tokenizer_config.json adds token {content!r} as id {number}, but tokenizer.json lacks it; "
-                "save the tokenizer again with transformers' save_pretrained"
-            )
-    return tokenizer
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, without truncation and padding."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 (tokenizers raises no narrower class)
-        raise SourceError(f"{path} is not a readable tokenizer: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def require_vocabulary(tokenizer: Tokenizer, folder: Path) -> tuple[int, int]:
-    """Refuse a tokenizer that can produce ids the model of the same folder has no embedding for.
-
-    Returns:
-        Number of tokens, largest id.
-
-    Raises:
-        VocabularyError: names the token, its id and the model's vocab_size.
-    """
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    token, largest = max(vocabulary.items(), key=lambda item: item[1])
-    if (folder / "config.json").is_file():
-        config = read_config(folder)
-        rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-        if isinstance(rows, int) and largest >= rows:
-            raise VocabularyError(
-                f"the tokenizer of {folder} has token {token!r} with id {largest}, but the model's vocab_size is "
-                f"{rows} (config.json); use the tokenizer that the model was trained with, or another model"
-            )
-    return len(vocabulary), largest
 
 
 def encode(tokenizer: Tokenizer, documents: list[Rendered]) -> list[Encoding]:
