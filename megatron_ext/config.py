@@ -20,6 +20,7 @@ from megatron_ext.errors import ConfigError
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 VocabInit = Literal["mean", "zeros", "normal"]
+VerifyLevel = Literal["none", "digest", "logits"]
 DatasetFormat = Literal["auto", "alpaca", "sharegpt", "messages"]
 
 
@@ -64,6 +65,11 @@ class ModelConfig(Section):
         default="mean", description="Start of those rows: the mean of the old ones, zeros, or normal with their std."
     )
     upcycle: UpcycleConfig | None = Field(default=None, description="Make a mixture of experts of a dense model.")
+    verify: VerifyLevel = Field(
+        default="digest",
+        description="What a conversion and an export must pass before they are published: every tensor compared with "
+        "its source (digest), and the logits of both models too (logits).",
+    )
 
 
 class DataConfig(Section):
@@ -191,6 +197,9 @@ class RuntimeConfig(Section):
         default=True, description="Shard the optimizer state over data-parallel ranks (ZeRO-1)."
     )
     save_interval: int = Field(default=500, ge=1, description="Steps between resumable checkpoints.")
+    async_save: bool = Field(
+        default=False, description="Write resumable checkpoints beside the training, from a copy in main memory."
+    )
     keep_last: int = Field(default=1, ge=1, description="Resumable checkpoints that stay while training goes on.")
     keep_every: int | None = Field(
         default=None, ge=1, description="Steps: a checkpoint whose step is a multiple stays for good; empty keeps none."

@@ -30,6 +30,10 @@ class SourceError(UserError):
     """A file, folder or hub id is missing, unreadable or damaged."""
 
 
+class UntrustedPickleError(UserError):
+    """A pickle wants a function or class that could run a program; the remedy is ``--trust-pickle``."""
+
+
 class UnsupportedModelError(UserError):
     """The Hugging Face config asks for something that no family declares."""
 
@@ -40,6 +44,15 @@ class WeightMappingError(UserError):
 
 class CheckpointError(UserError):
     """A Megatron checkpoint folder is incomplete, damaged or of another model."""
+
+
+class VerificationError(UserError):
+    """Two models that must be the same are not; names tensor or layer. Nothing is published and nothing tried again.
+
+    The command line says so with exit code 1, as ``cmp`` does; 2 means that they could not be compared.
+    """
+
+    exit_code = 1
 
 
 class DatasetFormatError(UserError):
