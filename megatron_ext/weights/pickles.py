@@ -1,0 +1,117 @@
+"""Files of ``torch.save`` from strangers: loaded as data, never as programs.
+
+A pickle may call any function while it is loaded. So only tensors, containers and the names in ``HARMLESS`` are let in,
+and of those names nothing runs, either: they become placeholders. Whatever else a file wants is refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.serialization import (
+    add_safe_globals,
+    clear_safe_globals,
+    get_safe_globals,
+    get_unsafe_globals_in_checkpoint,
+)
+
+from megatron_ext.errors import SourceError, UntrustedPickleError
+
+
+class Placeholder:
+    """Stands in a loaded file for an object of a class whose value nobody here reads."""
+
+    def __new__(cls, *args: Any) -> Placeholder:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        """Whatever the object was made of is dropped."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Whatever the object held is dropped."""
+
+
+MEGATRON_ENUMS = (
+    "enums.ModelType", "enums.Fp8Recipe", "enums.Fp4Recipe", "transformer.enums.ModelType",
+    "transformer.enums.AttnBackend", "transformer.enums.AttnMaskType", "transformer.enums.AttnType",
+    "transformer.enums.LayerType", "transformer.enums.CudaGraphScope", "rerun_state_machine.RerunDiagnostic",
+    "rerun_state_machine.RerunMode", "rerun_state_machine.RerunState", "optimizer.optimizer_config.OptimizerConfig",
+    "optimizer.optimizer_config.AdamOptimizerConfig", "optimizer.optimizer_config.SGDOptimizerConfig",
+    "transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout",
+)  # fmt: skip
+"""Classes of megatron.core that the ``args`` of a Megatron-LM checkpoint hold."""
+NUMPY = ("_reconstruct", "scalar")
+HARMLESS: dict[str, Any] = {
+    "argparse.Namespace": Namespace,
+    "types.SimpleNamespace": SimpleNamespace,
+    **dict.fromkeys((f"megatron.core.{name}" for name in MEGATRON_ENUMS), Placeholder),
+    **dict.fromkeys((f"megatron.{place}model.enums.ModelType" for place in ("", "legacy.")), Placeholder),
+    **dict.fromkeys((f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in NUMPY), Placeholder),
+    **dict.fromkeys(("numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType"), Placeholder),
+    **dict.fromkeys(("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath"), Placeholder),
+    **dict.fromkeys(("signal.Signals", "signal.SIGTERM", "signal.SIGINT"), Placeholder),
+    **dict.fromkeys(("signal.SIGUSR1", "signal.SIGUSR2", "signal.SIGHUP"), Placeholder),
+    "_io.BytesIO": Placeholder,
+}
+"""Name in a pickle -> what it becomes. Settings and random states; the weights themselves need none of them."""
+
+
+def load_pickle(path: Path, *, trust: bool = False) -> Any:
+    """What ``torch.save`` wrote to ``path``; tensors are backed by the file's pages as long as nobody copies them.
+
+    ``trust`` loads the file whatever it wants, as a program: only for files whose writer is trusted.
+
+    Raises:
+        UntrustedPickleError: the file wants a function or class that is not in ``HARMLESS``; names it.
+        SourceError: it is missing, truncated, damaged, or of the format before torch 1.6.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic != b"PK\x03\x04":
+            raise SourceError(f"{path} is damaged, or torch before 1.6 wrote it; load it with torch and save it again")
+        if trust:
+            return torch.load(os.fspath(path), map_location="cpu", mmap=True, weights_only=False)
+        with _only_harmless():
+            if unsafe := sorted(get_unsafe_globals_in_checkpoint(os.fspath(path))):
+                raise _untrusted(path, ", ".join(unsafe[:3]))
+            return torch.load(os.fspath(path), map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise SourceError(f"{path} is missing") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
+        raise _untrusted(path, f"something odd ({reason.partition(chr(10))[0]})") from None
+    except (AttributeError, ImportError) as error:
+        raise SourceError(f"{path} needs a class that is not installed here: {error}") from None
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, AssertionError) as error:
+        raise SourceError(f"{path} is truncated or damaged ({str(error).partition(chr(10))[0]})") from None
+
+
+@contextmanager
+def _only_harmless() -> Iterator[None]:
+    """Let in the names of ``HARMLESS``, and none that some library has registered with torch meanwhile."""
+    registered = get_safe_globals()
+    clear_safe_globals()
+    add_safe_globals([(value, name) for name, value in HARMLESS.items()])
+    try:
+        yield
+    finally:
+        clear_safe_globals()
+        add_safe_globals(registered)
+
+
+def _untrusted(path: Path, wants: str) -> UntrustedPickleError:
+    return UntrustedPickleError(
+        f"{path} is a pickle that wants {wants}, which is not among the harmless names of a checkpoint; it was not "
+        "loaded, because it could run any program. If you trust whoever wrote it, pass --trust-pickle"
+    )
