@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,13 +20,9 @@ from megatron_ext.model.attention import SDPACoreAttention
 from megatron_ext.model.norm import Norm
 from megatron_ext.model.rotary import PositionedRotary
 from megatron_ext.platforms.base import Platform
+from megatron_ext.weights.vocab import padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-
-
-def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Rows of the embedding when it is split: the next multiple of the tensor-parallel size."""
-    return math.ceil(vocab_size / tensor_model_parallel_size) * tensor_model_parallel_size
 
 
 def transformer_config(
@@ -109,7 +104,9 @@ def build_model(architecture: Architecture, train: TrainConfig, runtime: Runtime
     model = GPTModel(
         config,
         layer_spec(architecture, config, platform.fused_layers(train.precision)),
-        vocab_size=padded_vocab_size(architecture.vocab_size, runtime.tensor_model_parallel_size),
+        vocab_size=padded_vocab_size(
+            architecture.vocab_size, runtime.tensor_model_parallel_size, runtime.make_vocab_size_divisible_by
+        ),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),

@@ -20,6 +20,7 @@ from megatron_ext.guard import STOP
 from megatron_ext.training import plan as planning
 from megatron_ext.training.state import RunState, open_run, training_digest, write_run
 from megatron_ext.weights.manifest import CheckpointManifest, read_manifest, write_manifest
+from megatron_ext.weights.vocab import padded_vocab_size
 
 if TYPE_CHECKING:
     from megatron_ext.worker import Job

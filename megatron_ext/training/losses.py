@@ -26,15 +26,14 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int) ->
         labels: (T,) token ids.
         vocab_size: rows beyond it are padding and take no probability.
     """
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
     logits = logits.float()
+    ranks, columns = parallel_state.get_tensor_model_parallel_world_size(), logits.size(-1)
     if ranks == 1:
-        return F.cross_entropy(logits, labels, reduction="none")
-    first = parallel_state.get_tensor_model_parallel_rank() * logits.size(-1)
-    if first + logits.size(-1) > vocab_size:
-        logits = torch.cat(
-            [logits[:, : vocab_size - first], torch.full_like(logits[:, vocab_size - first :], -1e30)], 1
-        )
+        return F.cross_entropy(logits[:, :vocab_size], labels, reduction="none")
+    first = parallel_state.get_tensor_model_parallel_rank() * columns
+    own = min(max(vocab_size - first, 0), columns)
+    if own < columns:
+        logits = torch.cat([logits[:, :own], logits.new_full((len(logits), columns - own), -1e30)], 1)
     return vocab_parallel_cross_entropy(logits[:, None], labels[:, None])[:, 0]
 
 
