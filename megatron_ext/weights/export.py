@@ -65,7 +65,7 @@ def export(
         raise ConfigError(unknown("dtype", dtype, SHORT))
     manifest = read_manifest(checkpoint)
     config = read_config(model)
-    plan = _checked_plan(manifest, checkpoint, model, config)
+    plan = checked_plan(manifest, checkpoint, model, config)
     source = TorchDistReader(latest_folder(checkpoint))
     check_coverage(plan, source, checkpoint)
     tensors = planned_tensors(plan, source, manifest, dtype)
@@ -85,9 +85,15 @@ def export(
     }
 
 
-def _checked_plan(
-    manifest: CheckpointManifest, checkpoint: Path, model: Path, config: Mapping[str, Any]
+def checked_plan(
+    manifest: CheckpointManifest, checkpoint: Path, model: Path, config: Mapping[str, Any], hf_layout: str | None = None
 ) -> list[Weight]:
+    """Every weight of the checkpoint, of which ``model`` must be the source; ``hf_layout`` None is the manifest's.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model than ``model``; names the field.
+        VocabularyError: the checkpoint was made with another tokenizer.
+    """
     family, architecture = architecture_of(config)
     if manifest.family != config["model_type"]:
         raise CheckpointError(
@@ -107,7 +113,7 @@ def _checked_plan(
             f"(digest {tokenizer_digest(model)}, not {manifest.tokenizer_digest}); "
             "give --model the folder that was converted"
         )
-    return list(family.plan(architecture, manifest.hf_layout))
+    return list(family.plan(architecture, hf_layout or manifest.hf_layout))
 
 
 def check_coverage(plan: list[Weight], source: CheckpointReader, checkpoint: Path) -> None:
