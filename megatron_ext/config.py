@@ -21,7 +21,7 @@ from megatron_ext.errors import ConfigError
 Dtype = Literal["bf16", "fp16", "fp32"]
 VocabInit = Literal["mean", "zeros", "normal"]
 VerifyLevel = Literal["none", "digest", "logits"]
-DatasetFormat = Literal["auto", "alpaca", "sharegpt", "messages"]
+DatasetFormat = Literal["auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference"]
 
 
 class Section(BaseModel):
@@ -72,13 +72,42 @@ class ModelConfig(Section):
     )
 
 
-class DataConfig(Section):
-    """What to train on."""
+class TokenizeOptions(Section):
+    """How rows become documents of token ids."""
 
-    files: tuple[str, ...] = Field(min_length=1, description="JSON, JSONL or parquet files, or demo://NAME.")
     format: DatasetFormat = Field(default="auto", description="Shape of a row; auto decides from the rows.")
     chat_template: str | None = Field(
         default=None, description="Named chat template or a Jinja file; empty takes the model's own."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Field that the format reads -> its name in the files, where it differs."
+    )
+    last_turn_only: bool = Field(default=False, description="Train the last assistant turn alone, not all of them.")
+    train_on_prompt: bool = Field(default=False, description="Train the prompt's tokens, too.")
+    append_eod: bool = Field(
+        default=False, description="End every document with the end-of-sequence token, unless it ends with it already."
+    )
+    prepend_bos: bool = Field(
+        default=False,
+        description="Start every document with the beginning-of-sequence token, unless it starts with it already.",
+    )
+    max_length: int | None = Field(default=None, ge=2, description="Tokens of the longest document; empty: no limit.")
+    overlong: Literal["truncate", "drop", "split"] = Field(
+        default="truncate",
+        description="What happens to a document longer than max_length; counted and reported. split is for text.",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="What happens to a row that does not fit; skipped ones are counted and reported."
+    )
+    slow_tokenizer: bool = Field(default=False, description="Take the Python tokenizer instead of the fast one.")
+
+
+class DataConfig(TokenizeOptions):
+    """What to train on."""
+
+    files: tuple[str, ...] = Field(
+        min_length=1,
+        description="Files, globs, folders or URLs, each with an optional weight in front (0.7:FILE); or demo://NAME.",
     )
 
 
@@ -119,6 +148,18 @@ class TrainConfig(Section):
         default=1000, ge=1, description="fp16: steps without overflow after which the scale doubles."
     )
     packing: bool = Field(default=True, description="Put several samples into one sequence, attention kept apart.")
+    pack_alignment: int = Field(
+        default=16,
+        ge=1,
+        description="Tokens: each sample takes a multiple of these in its sequence, so that sequences do not depend on "
+        "context parallelism; what follows its last token trains nothing. Must divide seq_length.",
+    )
+    validation_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the documents that is held out, by the hash of each one's tokens and the seed.",
+    )
     overlong: Literal["truncate", "drop"] = Field(
         default="truncate", description="What happens to a sample longer than seq_length; counted and reported."
     )
@@ -138,6 +179,12 @@ class TrainConfig(Section):
             raise ValueError("lr_warmup_iters and lr_warmup_tokens exclude each other; give one of them")
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:
             raise ValueError("lr_decay_style WSD needs lr_wsd_decay_iters")
+        if rest := self.seq_length % self.pack_alignment:
+            fitting = self.seq_length - rest or self.pack_alignment
+            raise ValueError(
+                f"seq_length {self.seq_length} is not a multiple of pack_alignment {self.pack_alignment}; "
+                f"take {fitting}, or another pack_alignment"
+            )
         return self
 
 
@@ -175,6 +222,9 @@ class RuntimeConfig(Section):
     micro_batch_size: int = Field(default=1, ge=1, description="Sequences a data-parallel rank computes at once.")
     tensor_model_parallel_size: int = Field(default=1, ge=1)
     pipeline_model_parallel_size: int = Field(default=1, ge=1)
+    expert_model_parallel_size: int = Field(
+        default=1, ge=1, description="Data-parallel ranks that share the experts of a mixture of experts out."
+    )
     sequence_parallel: bool = Field(
         default=False, description="Split norms and dropout along the sequence; needs tensor parallelism."
     )
@@ -196,6 +246,9 @@ class RuntimeConfig(Section):
     use_distributed_optimizer: bool = Field(
         default=True, description="Shard the optimizer state over data-parallel ranks (ZeRO-1)."
     )
+    workers: int | None = Field(
+        default=None, ge=1, description="Threads or processes that tokenize; empty takes one for each core."
+    )
     save_interval: int = Field(default=500, ge=1, description="Steps between resumable checkpoints.")
     async_save: bool = Field(
         default=False, description="Write resumable checkpoints beside the training, from a copy in main memory."
@@ -203,6 +256,9 @@ class RuntimeConfig(Section):
     keep_last: int = Field(default=1, ge=1, description="Resumable checkpoints that stay while training goes on.")
     keep_every: int | None = Field(
         default=None, ge=1, description="Steps: a checkpoint whose step is a multiple stays for good; empty keeps none."
+    )
+    keep_final_state: bool = Field(
+        default=False, description="Keep the optimizer's state of the last step, too, in full_state/."
     )
     hang_timeout: int = Field(
         default=1800,

@@ -7,6 +7,7 @@ Source: ``megatron.core.datasets.indexed_dataset`` (header ``MMIDIDX``, version 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +21,8 @@ CODES: dict[str, int] = {
 }  # fmt: skip
 PREAMBLE = len(HEADER) + 1 + 8 + 8
 """Bytes before the first array of an index: header, type code, number of sequences, number of document bounds."""
+INDEX_PART = 1 << 20
+"""Documents whose entries of the index are written at once."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -35,10 +38,11 @@ class IdxmapWriter:
 
     def __init__(self, prefix: Path, dtype: np.dtype | type) -> None:
         self.prefix, self.dtype = prefix, np.dtype(dtype)
-        self._code = CODES[self.dtype.name]
+        if self.dtype.name not in CODES:
+            raise ValueError(f"an idxmap cannot hold {self.dtype.name}")
         self._lengths: list[np.ndarray] = []
-        _index(prefix).unlink(missing_ok=True)
-        self._bin = _data(prefix).open("wb")
+        index_file(prefix).unlink(missing_ok=True)
+        self._bin = data_file(prefix).open("wb")
 
     def add(self, values: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents.
@@ -62,7 +66,7 @@ class IdxmapWriter:
         limits = np.iinfo(self.dtype)
         if values.min() < limits.min or values.max() > limits.max:
             worst = int(values.max() if values.max() > limits.max else values.min())
-            raise VocabularyError(f"id {worst} does not fit {self.dtype.name}, the type of {_data(self.prefix)}")
+            raise VocabularyError(f"id {worst} does not fit {self.dtype.name}, the type of {data_file(self.prefix)}")
         self._bin.write(np.ascontiguousarray(values, dtype=self.dtype.newbyteorder("<")).data)
         self._lengths.append(lengths.astype("<i4"))
 
@@ -74,17 +78,32 @@ class IdxmapWriter:
     ) -> None:
         self._bin.close()
         if kind is None:
-            self._write_index()
+            lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, dtype="<i4")
+            write_index(self.prefix, self.dtype, lengths)
 
-    def _write_index(self) -> None:
-        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, dtype="<i4")
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-        with _index(self.prefix).open("wb") as file:
-            file.write(HEADER + struct.pack("<BQQ", self._code, len(lengths), len(lengths) + 1))
-            file.write(lengths.data)
-            file.write((pointers * self.dtype.itemsize).data)
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").data)
+
+def write_index(prefix: Path, dtype: np.dtype | type, lengths: np.ndarray) -> None:
+    """Write ``PREFIX.idx`` for documents of ``lengths`` (N,) values of ``dtype``, in memory of a fixed size.
+
+    The arrays of an index: int32 length and int64 byte position of each sequence, int64 bounds of the documents.
+    """
+    count, itemsize = len(lengths), np.dtype(dtype).itemsize
+    with index_file(prefix).open("wb") as file:
+        file.write(HEADER + struct.pack("<BQQ", CODES[np.dtype(dtype).name], count, count + 1))
+        for part in _parts(count):
+            file.write(np.ascontiguousarray(lengths[part], dtype="<i4").data)
+        before = 0
+        for part in _parts(count):
+            ends = np.cumsum(lengths[part], dtype="<i8")
+            file.write(((ends - lengths[part] + before) * itemsize).data)
+            before += int(ends[-1])
+        for part in _parts(count + 1):
+            file.write(np.arange(part.start, part.stop, dtype="<i8").data)
+
+
+def _parts(count: int) -> Iterator[slice]:
+    for start in range(0, count, INDEX_PART):
+        yield slice(start, min(start + INDEX_PART, count))
 
 
 class Idxmap:
@@ -102,7 +121,7 @@ class Idxmap:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        index, data = _index(prefix), _data(prefix)
+        index, data = index_file(prefix), data_file(prefix)
         for path in (index, data):
             if not path.is_file():
                 raise SourceError(f"{path} does not exist; an idxmap is a .bin and an .idx file")
@@ -135,9 +154,11 @@ class Idxmap:
         return self.values[start : start + int(self.lengths[number])]
 
 
-def _data(prefix: Path) -> Path:
+def data_file(prefix: Path) -> Path:
+    """``PREFIX.bin``."""
     return prefix.with_name(prefix.name + ".bin")
 
 
-def _index(prefix: Path) -> Path:
+def index_file(prefix: Path) -> Path:
+    """``PREFIX.idx``."""
     return prefix.with_name(prefix.name + ".idx")
