@@ -65,7 +65,7 @@ def parse_row(row: Any, format: str, path: Path, number: int) -> Conversation:
     """
     try:
         if not isinstance(row, dict):
-            raise DatasetFormatError(f"{path}, row {number}: is {_kind(row)}, not an object with fields")
+            raise DatasetFormatError(f"{path}, row {number}: is {kind_in_words(row)}, not an object with fields")
         conversation = FORMATS[format].parse(row)
         if not any(m["role"] == "assistant" for m in conversation.messages):
             problem = "has no assistant turn, so there is nothing to train on"
@@ -96,7 +96,7 @@ def detect_format(rows: Iterable[tuple[int, Any]], path: Path) -> tuple[str, str
         found = (
             f"has the fields {', '.join(sorted(first)) or '(none)'}"
             if isinstance(first, dict)
-            else f"is {_kind(first)}"
+            else f"is {kind_in_words(first)}"
         )
         raise DatasetFormatError(f"{path} fits no known format: row 1 {found}{_hint(first)}. Known: {known}")
     if len(named) > 1:
@@ -147,7 +147,7 @@ def _parse_sharegpt(row: Mapping[str, Any]) -> Conversation:
     for number, turn in enumerate(_turns(row, "conversations")):
         place = f"conversations[{number}]"
         if not isinstance(turn, dict):
-            raise RowError(place, f"is {_kind(turn)}, not an object with from and value")
+            raise RowError(place, f"is {kind_in_words(turn)}, not an object with from and value")
         speaker = turn.get("from")
         if speaker not in SHAREGPT_ROLES:
             raise RowError(f"{place}.from", "holds an " + unknown("speaker", speaker, SHAREGPT_ROLES))
@@ -185,7 +185,7 @@ def _parse_messages(row: Mapping[str, Any]) -> Conversation:
     for number, message in enumerate(_turns(row, name)):
         place = f"{name}[{number}]"
         if not isinstance(message, dict):
-            raise RowError(place, f"is {_kind(message)}, not an object with role and content")
+            raise RowError(place, f"is {kind_in_words(message)}, not an object with role and content")
         role = message.get("role")
         if role not in OPENAI_ROLES:
             raise RowError(f"{place}.role", "holds an " + unknown("role", role, OPENAI_ROLES))
@@ -268,7 +268,7 @@ def _list(value: Any, name: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise RowError(name, f"is {_kind(value)}, not a list")
+        raise RowError(name, f"is {kind_in_words(value)}, not a list")
     return value
 
 
@@ -279,10 +279,11 @@ def _text(row: Mapping[str, Any], name: str, *, optional: bool = False, within: 
     if optional and value is None:
         return ""
     place = f"{within}.{name}" if within else name
-    raise RowError(place, "is missing" if name not in row else f"is {_kind(value)}, not text")
+    raise RowError(place, "is missing" if name not in row else f"is {kind_in_words(value)}, not text")
 
 
-def _kind(value: Any) -> str:
+def kind_in_words(value: Any) -> str:
+    """What JSON calls the type of ``value``, for errors."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
     return names.get(type(value), "an object")
 

@@ -1,18 +1,93 @@
-"""Rows of data files: what is read, and how a file that cannot be read is named."""
+"""Rows of data files: what is read from each kind, and how a file that cannot be read is named."""
 
+import csv
+import gzip
 import json
+import tracemalloc
+from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import ipc, parquet
+from real_data import REAL_DATA, needs_real_data
 
-from megatron_ext.data.sources import read_rows
+from megatron_ext.data.sources import KINDS, Source, column_batches, expand, read_rows
 from megatron_ext.errors import DatasetFormatError, SourceError
 
 ROWS = [{"a": 1}, {"a": "日本 \u2028 [,]{}"}, {"a": [1, {"b": None}]}]
+TEXTS = ["plain", "日本 é, \u2028 👩‍👩‍👧", ' says "hi", \\ twice ', "x" * 5000, "last"]
 
 
 def write(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def packed(path, compression):
+    """The file compressed beside itself."""
+    raw = path.read_bytes()
+    if compression == ".gz":
+        return write(path.with_name(path.name + ".gz"), gzip.compress(raw))
+    return write(path.with_name(path.name + ".zst"), pyarrow.compress(raw, "zstd", asbytes=True))
+
+
+def write_texts(folder: Path, name: str, texts: list[str]) -> Path:
+    """A file of any kind that holds the texts and, where the kind has fields, another one."""
+    path, table = folder / name, pyarrow.table({"id": range(len(texts)), "text": texts})
+    match path.suffix:
+        case ".json":
+            path.write_text(json.dumps([{"id": n, "text": t} for n, t in enumerate(texts)], ensure_ascii=False))
+        case ".jsonl":
+            path.write_text("".join(json.dumps({"id": n, "text": t}) + "\n" for n, t in enumerate(texts)))
+        case ".parquet":
+            parquet.write_table(table, path, row_group_size=2)
+        case ".csv":
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("id", "text"), *enumerate(texts)])
+        case ".txt":
+            path.write_bytes("\n".join(texts).encode())
+        case ".arrow":
+            with pyarrow.OSFile(str(path), "wb") as sink, ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table, max_chunksize=2)
+    return path
+
+
+def texts_of(batches):
+    return [(batch.row(i), text) for batch in batches for i, text in enumerate(batch.values.to_pylist())]
+
+
+# --- every kind, compressed or not ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_texts_as_rows_and_as_batches_from_any_start(tmp_path, kind, compression):
+    path = write_texts(tmp_path, f"d{kind}", TEXTS)
+    path = packed(path, compression) if compression else path
+    expected = list(enumerate(TEXTS, 1))
+    assert [(number, row["text"]) for number, row in read_rows(path, ("text",))] == expected
+    for block_bytes in (1 << 24, 40):
+        for start in (0, 1, 3, 5, 9):
+            assert [(n, row["text"]) for n, row in read_rows(path, ("text",), start)] == expected[start:]
+            assert texts_of(column_batches(path, "text", block_bytes, start)) == expected[start:]
+
+
+def test_an_arrow_stream_is_read_like_an_arrow_file(tmp_path):
+    table = pyarrow.table({"id": range(5), "text": pyarrow.array(TEXTS).dictionary_encode()})
+    path = tmp_path / "d.arrow"
+    with pyarrow.OSFile(str(path), "wb") as sink, ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    assert [row for _, row in read_rows(path, ("text",))] == [{"text": text} for text in TEXTS]
+    assert texts_of(column_batches(path, "text")) == list(enumerate(TEXTS, 1))
+
+
+def test_a_batch_says_where_the_next_one_starts(tmp_path):
+    for kind in KINDS:
+        path = write_texts(tmp_path, f"d{kind}", TEXTS * 3)
+        first = next(column_batches(path, "text", 40))
+        assert 0 < len(first.values) < len(TEXTS) * 3
+        rest = column_batches(path, "text", 40, start=first.last_row)
+        assert texts_of([first, *rest]) == list(enumerate(TEXTS * 3, 1))
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -22,21 +97,67 @@ def test_a_json_array_gives_its_elements_numbered_from_one(tmp_path, indent, esc
     assert list(read_rows(path)) == list(enumerate(ROWS, 1))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+def test_a_json_array_is_the_same_wherever_its_pieces_are_cut(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("megatron_ext.data.sources.json_array.CHUNK_BYTES", size)
+    values = [*ROWS, -1.5e-3, 12345, True, None, "😀 é", '\\"', [], {}, "x" * 100]
+    for escaped in (True, False):
+        text = "\ufeff" + json.dumps(values, ensure_ascii=escaped, indent=1)
+        path = write(tmp_path / f"{escaped}.json", text)
+        assert [row for _, row in read_rows(path)] == json.loads(text.lstrip("\ufeff"))
+
+
+def test_a_json_array_is_read_in_memory_for_a_piece_of_it(tmp_path):
+    path = tmp_path / "d.json"
+    row = json.dumps({"text": "long " * 2000})
+    path.write_text("[" + ",\n".join([row] * 3000) + "]")
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(path)) == 3000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 29e6
+    assert peak < 12e6
+
+
 def test_jsonl_with_bom_crlf_and_blank_lines_gives_rows_with_their_lines(tmp_path):
-    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    lines = [json.dumps({"a": str(row["a"])}, ensure_ascii=False) for row in ROWS]
     text = "\ufeff" + lines[0] + "\r\n\r\n  \n" + lines[1] + "\n" + lines[2]
-    assert list(read_rows(write(tmp_path / "d.jsonl", text))) == [(1, ROWS[0]), (4, ROWS[1]), (5, ROWS[2])]
+    path = write(tmp_path / "d.jsonl", text)
+    expected = [(1, str(ROWS[0]["a"])), (4, str(ROWS[1]["a"])), (5, str(ROWS[2]["a"]))]
+    assert [(number, row["a"]) for number, row in read_rows(path)] == expected
+    assert texts_of(column_batches(path, "a")) == expected
+    assert texts_of(column_batches(path, "a", 8, start=1)) == expected[1:]
 
 
-def test_json_lines_under_the_name_json_are_read(tmp_path):
-    path = write(tmp_path / "d.json", "\n".join(json.dumps(row) for row in ROWS))
+@pytest.mark.parametrize("name", ["d.json", "d.json.gz"])
+def test_json_lines_under_the_name_json_are_read(tmp_path, name):
+    raw = "\n".join(json.dumps(row) for row in ROWS).encode()
+    path = write(tmp_path / name, gzip.compress(raw) if name.endswith("gz") else raw)
     assert [row for _, row in read_rows(path)] == ROWS
 
 
-def test_parquet_gives_rows_of_the_wanted_columns(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
+def test_a_line_of_a_text_file_is_a_document_and_blank_lines_are_none(tmp_path):
+    path = write(tmp_path / "d.txt", "\ufeff one \r\n\r\n \t\ntwo\x85\x0b end\n\nthree")
+    expected = [(1, " one "), (4, "two\x85\x0b end"), (6, "three")]
+    assert [(number, row["text"]) for number, row in read_rows(path)] == expected
+    assert texts_of(column_batches(path, "text")) == expected
+    assert texts_of(column_batches(path, "text", start=1)) == expected[1:]
 
+
+def test_csv_fields_in_quotes_hold_commas_and_line_breaks(tmp_path):
+    path = write(tmp_path / "d.csv", '\ufefftext,more\r\n"a, ""b""\nc",1\r\n\r\n,2\r\n')
+    assert list(read_rows(path)) == [(1, {"text": 'a, "b"\nc', "more": "1"}), (2, {"text": "", "more": "2"})]
+    assert texts_of(column_batches(path, "text")) == [(1, 'a, "b"\nc'), (2, "")]
+
+
+def test_a_csv_with_quotes_inside_fields_is_read_however_many_there_are(tmp_path):
+    path = write(tmp_path / "d.csv", 'n,text\n1,5" pipe\n2,"a, b"\n3,7" nail\n4,6" end\n')
+    expected = [(1, '5" pipe'), (2, "a, b"), (3, '7" nail'), (4, '6" end')]
+    for block_bytes in (1 << 20, 12):
+        assert texts_of(column_batches(path, "text", block_bytes)) == expected
+
+
+def test_parquet_gives_rows_of_the_wanted_columns(tmp_path):
     table = pyarrow.table({"messages": [[{"role": "user", "content": str(n)}] for n in range(3000)], "x": range(3000)})
     parquet.write_table(table, tmp_path / "d.parquet")
     rows = list(read_rows(tmp_path / "d.parquet", {"messages", "tools"}))
@@ -44,39 +165,282 @@ def test_parquet_gives_rows_of_the_wanted_columns(tmp_path):
     assert next(read_rows(tmp_path / "d.parquet", {"conversations"}))[1].keys() == {"messages", "x"}
 
 
-@pytest.mark.parametrize("name", ["d.json", "d.jsonl", "d.parquet"])
+def test_texts_that_arrow_reads_otherwise_come_out_as_json_says(tmp_path):
+    lines = ['{"text": "a", "text": "b"}', '{"text": "c", "n": NaN}', '{"n": [{"text": 1}], "te\\u0078t": "\\u0000"}']
+    path = write(tmp_path / "d.jsonl", "\n".join(lines))
+    assert texts_of(column_batches(path, "text")) == [(1, "b"), (2, "c"), (3, "\x00")]
+
+
+# --- faults -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [f"d{kind}{packing}" for kind in KINDS for packing in ("", ".gz")])
 def test_a_missing_file_is_named(tmp_path, name):
     with pytest.raises(SourceError, match=rf"{name} does not exist"):
         list(read_rows(tmp_path / name))
+    with pytest.raises(SourceError, match=rf"{name} does not exist"):
+        list(column_batches(tmp_path / name, "text"))
+
+
+BROKEN = [
+    ("d.json", "", "holds no rows"),
+    ("d.json", "[]", "holds no rows"),
+    ("d.jsonl", "\n \n", "holds no rows"),
+    ("d.txt", "\n \n", "holds no rows"),
+    ("d.csv", "a,b\n", "holds no rows"),
+    ("d.csv.gz", b"", "is empty"),
+    ("d.json", '[{"a": "x"}, {"a": ]', "row 2: not valid JSON \\(Expecting value at character 19 of the file"),
+    ("d.json", '[{"a": "x"}, {"a"', "row 2: the file ends inside this row; is it cut short"),
+    ("d.json", '[{"a": "x"}, {"a": "x', "row 2: the file ends inside this row; is it cut short"),
+    ("d.json", '[{"a": "x"}, ', "not closed after row 1; is the file cut short"),
+    ("d.json", '[{"a": "x"}', "not closed after row 1"),
+    ("d.json", '[{"a": "x"},]', "comma without a row follows row 1"),
+    ("d.json", '[{"a": "x"} {"a": "y"}]', "'{' follows row 1 where a comma or ] belongs"),
+    ("d.json", '[{"a": "x"}] x', "text follows the end of the array, at character 13"),
+    ("d.json", '"text"', "holds an array of rows"),
+    ("d.json", '{\n"a": 1\n}', "a .json file holds an array of rows"),
+    ("d.json", b'[{"a": "b"}, {"a": "\xe6\x97\xa5\xff"}]', "row 2: is not UTF-8 \\(invalid start byte at byte 23 of"),
+    ("d.json", "[" + "[" * 100_000, "row 1: nested too deeply"),
+    ("d.jsonl", '{"a": "x"}\n\n{"a": \n', "row 3: the line is not valid JSON"),
+    ("d.jsonl", '{"a": "x"}\n{"a": "x"}{"a": "y"}\n', "row 2: the line is not valid JSON"),
+    ("d.jsonl", b'{"a": "x"}\n{"a": "\xff"}\n', "row 2: is not UTF-8 \\(invalid start byte at byte 7 of the line"),
+    ("d.jsonl", "[" * 100_000, "row 1: the line is nested too deeply"),
+    ("d.txt", b"x\n\nab\xe6\n", "row 3: is not UTF-8 \\(unexpected end of data at byte 2 of the line"),
+    ("d.csv", "a,b\n1,2\n3\n", "row 2: has 1 values, but the header names 2 columns"),
+    ("d.csv", 'a,b\n1,2\n3,"4\n5,6\n', "row 2: not valid csv .*is a quote left open"),
+    ("d.csv", b"a,b\n1,2\nx\xff,4\n", "row 2: is not UTF-8"),
+    ("d.csv", 'a,b\n1,2\n3,"4""\n', "row 2: not valid csv .*is a quote left open"),
+    ("d.csv", "a,a\n1,2\n", "the header names a more than once"),
+    ("d.parquet", "PAR1 not really", "not a readable parquet file"),
+    ("d.arrow", "ARROW1 not really", "not a readable arrow file"),
+    ("d.arrow", "neither", "not a readable arrow file"),
+    ("d.jsonl.gz", "neither", "not a readable jsonl file in gzip"),
+    ("d.parquet.zst", "neither", "not a readable parquet file in zstd"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), BROKEN)
+def test_a_broken_file_is_named_with_the_place(tmp_path, name, content, problem):
+    path = write(tmp_path / name, content)
+    for rows in (read_rows(path), column_batches(path, "a")):
+        with pytest.raises(DatasetFormatError, match=problem) as caught:
+            list(rows)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_truncated_compressed_file_is_named_with_how_far_it_went(tmp_path, kind, compression):
+    whole = packed(write_texts(tmp_path, f"d{kind}", [f"{n} {TEXTS[1]}" for n in range(50)]), compression)
+    path = write(tmp_path / f"cut{kind}{compression}", whole.read_bytes()[:-9])
+    for rows in (read_rows(path), column_batches(path, "text")):
+        with pytest.raises(DatasetFormatError, match=r"cut.* is not a readable .*; is it cut short or damaged\?"):
+            list(rows)
+
+
+def test_a_file_damaged_late_says_after_which_row(tmp_path):
+    lines = b"".join(b'{"text": "%d"}\n' % n for n in range(200_000))
+    path = write(tmp_path / "d.jsonl.gz", gzip.compress(lines, 1)[:-100])
+    with pytest.raises(DatasetFormatError, match=r"not a readable jsonl file in gzip after row \d{5,6}: "):
+        list(read_rows(path))
+    with pytest.raises(DatasetFormatError, match=r"not a readable jsonl file in gzip after row \d{5,6}: "):
+        list(column_batches(path, "text", 1 << 16))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("d.json", "", "holds no rows"),
-        ("d.json", "[]", "holds no rows"),
-        ("d.jsonl", "\n \n", "holds no rows"),
-        ("d.json", '[{"a": 1}, {"a": ]', "row 2: not valid JSON"),
-        ("d.json", '[{"a": 1}', "not closed after row 1"),
-        ("d.json", '[{"a": 1},]', "comma without a row follows row 1"),
-        ("d.json", '[{"a": 1}] x', "text follows the end"),
-        ("d.json", '"text"', "holds an array of rows"),
-        ("d.json", '{\n"a": 1\n}', "a .json file holds an array of rows"),
-        ("d.jsonl", '{"a": 1}\n\n{"a": \n', "row 3: the line is not valid JSON"),
-        ("d.jsonl", b'{"a": "\xff"}\n', "not UTF-8"),
-        ("d.jsonl", "[" * 100_000, "nested too deeply"),
-        ("d.parquet", "PAR1 not really", "not a readable parquet file"),
+        ("d.jsonl", '{"text": "x"}\n{"txt": "y"}\n', "row 2: field 'text' is missing; the row has 'txt'"),
+        ("d.jsonl", '{"text": "x"}\n{"text": null}\n', "row 2: field 'text' is null, not text"),
+        ("d.jsonl", '{"text": "x"}\n\n{"text": 3}\n', "row 3: field 'text' is a number, not text"),
+        ("d.jsonl", '{"text": "x"}\n"y"\n', "row 2: is text, not an object with fields"),
+        ("d.jsonl", '{"text": "x"}\n{"text": "\\ud800"}\n', "row 2: field 'text' holds half of a surrogate pair"),
+        ("d.json", '[{"text": "x"}, {"text": ["y"]}]', "row 2: field 'text' is a list, not text"),
+        ("d.csv", "id,txt\n1,x\n", "row 1: field 'text' is missing; the row has 'id', 'txt'"),
     ],
 )
-def test_a_broken_file_is_named_with_the_place(tmp_path, name, content, problem):
-    with pytest.raises(DatasetFormatError, match=problem) as caught:
-        list(read_rows(write(tmp_path / name, content)))
-    assert str(tmp_path / name) in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_a_row_without_text_is_named_with_its_field(tmp_path, name, content, problem):
+    path = write(tmp_path / name, content)
+    with pytest.raises(DatasetFormatError) as caught:
+        list(column_batches(path, "text"))
+    assert str(caught.value).startswith(f"{path}, {problem}")
 
 
-def test_other_kinds_of_file_are_refused_with_what_is_supported(tmp_path):
-    with pytest.raises(SourceError, match=r"supported: \.json, \.jsonl, \.parquet"):
-        list(read_rows(write(tmp_path / "d.csv", "a,b")))
+def test_a_column_that_a_columnar_file_lacks_or_has_as_something_else_is_named(tmp_path):
+    table = pyarrow.table({"id": [1, 2], "words": [["a"], ["b"]], "gap": ["a", None]})
+    parquet.write_table(table, tmp_path / "d.parquet")
+    with pyarrow.OSFile(str(tmp_path / "d.arrow"), "wb") as sink, ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("d.parquet", "d.arrow"):
+        for column, problem in [
+            ("text", f"{name}: field 'text' is missing; the file has the columns id, words, gap"),
+            ("id", f"{name}: field 'id' is int64, not text"),
+            ("gap", f"{name}, row 2: field 'gap' is null, not text"),
+        ]:
+            with pytest.raises(DatasetFormatError, match=problem):
+                list(column_batches(tmp_path / name, column))
+
+
+def test_bad_rows_are_left_out_and_told_where_asked_for(tmp_path):
+    write(tmp_path / "d.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n{"txt": 1}\n{"text"\n\n{"text": "b"}\n')
+    write(tmp_path / "d.csv", b"id,text\n1,a\n2,\xff\n3\n4,5,6\n,b\n")
+    write(tmp_path / "d.txt", b"a\n\xff\nb\n")
+    table = pyarrow.table({"text": pyarrow.array(["a", None, "b"])})
+    parquet.write_table(table, tmp_path / "d.parquet")
+    for kind, expected, bad_rows in [
+        ("jsonl", [(1, "a"), (6, "b")], [2, 3, 4]),
+        ("csv", [(1, "a"), (5, "b")], [2, 3, 4]),
+        ("txt", [(1, "a"), (3, "b")], [2]),
+        ("parquet", [(1, "a"), (3, "b")], [2]),
+    ]:
+        told: dict[int, DatasetFormatError] = {}
+        assert texts_of(column_batches(tmp_path / f"d.{kind}", "text", on_bad=told.__setitem__)) == expected
+        assert list(told) == bad_rows
+        assert all(f"row {number}: " in str(error) for number, error in told.items())
+
+
+def test_invalid_utf8_in_a_columnar_file_is_named_with_its_row(tmp_path):
+    values = pyarrow.array([b"a", b"\xe6\x97", b"c"])
+    values = pyarrow.StringArray.from_buffers(3, *values.buffers()[1:])
+    parquet.write_table(pyarrow.table({"text": values}), tmp_path / "d.parquet")
+    with pytest.raises(DatasetFormatError, match="row 2: field 'text' is not UTF-8"):
+        list(column_batches(tmp_path / "d.parquet", "text"))
+    with pytest.raises(DatasetFormatError, match=r"d\.parquet.*: holds text that is not UTF-8"):
+        list(read_rows(tmp_path / "d.parquet", ("text",)))
+
+
+# --- what an input means ----------------------------------------------------------------------------------------
+
+
+def names(sources):
+    return [source.name for source in sources]
+
+
+def touch(folder, *files):
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+
+
+def test_inputs_keep_their_order_and_globs_and_folders_are_sorted(tmp_path):
+    touch(tmp_path, "b/2.jsonl", "b/10.jsonl", "b/deep/1.txt.GZ", "a/z.csv", "a/y.parquet", "a/note.md")
+    touch(tmp_path, "b/_SUCCESS.json", "b/.hidden/x.json", "b/dataset_info.json")
+    found = expand([tmp_path / "b", str(tmp_path / "a" / "*.[cp]*")])
+    assert names(found) == ["10.jsonl", "2.jsonl", "1.txt.GZ", "y.parquet", "z.csv"]
+    assert [source.kind for source in found[2:]] == [".txt", ".parquet", ".csv"]
+    assert found[2].compression == "gzip"
+    assert found[3].input == str(tmp_path / "a" / "*.[cp]*")
+    assert names(expand([str(tmp_path / "**" / "*.jsonl")])) == ["10.jsonl", "2.jsonl"]
+
+
+def test_a_weight_stands_in_front(tmp_path):
+    touch(tmp_path, "a.jsonl", "b.jsonl", "c.jsonl", "0.5:d.jsonl")
+    found = expand([f"0.7:{tmp_path}/[ab].jsonl", f"3:{tmp_path / 'c.jsonl'}", Source(str(tmp_path / "0.5:d.jsonl"))])
+    assert [(source.name, source.weight) for source in found] == [
+        ("a.jsonl", 0.7), ("b.jsonl", 0.7), ("c.jsonl", 3.0), ("0.5:d.jsonl", 1.0),
+    ]  # fmt: skip
+    with pytest.raises(SourceError, match="a weight is a number greater than 0"):
+        expand([f"0:{tmp_path}/a.jsonl"])
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_taken_as_it_is(tmp_path):
+    touch(tmp_path, "a[1].jsonl", "a1.jsonl")
+    assert names(expand([tmp_path / "a[1].jsonl"])) == ["a[1].jsonl"]
+
+
+def test_inputs_that_mean_nothing_are_refused(tmp_path):
+    touch(tmp_path, "a.jsonl", "empty/note.md")
+    for given, problem in [
+        ([], "no data files were given"),
+        ([f"{tmp_path}/*.csv"], r"no file matches .*\*\.csv"),
+        ([tmp_path / "empty"], "empty holds no data files"),
+        ([tmp_path / "gone.jsonl"], r"gone\.jsonl does not exist"),
+        ([tmp_path / "empty/note.md"], r"note\.md is of no supported kind; supported: \.json, \.jsonl, \.parquet"),
+        ([tmp_path / "a.jsonl", f"{tmp_path}/*.jsonl"], r"a\.jsonl is named twice, by .*a\.jsonl and .*\*\.jsonl"),
+    ]:
+        with pytest.raises(SourceError, match=problem):
+            expand(given)
     with pytest.raises(SourceError, match="is a folder"):
         list(read_rows(tmp_path))
+
+
+# --- URLs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory():
+    import fsspec
+
+    filesystem = fsspec.filesystem("memory")
+    yield filesystem
+    filesystem.store.clear()
+    filesystem.pseudo_dirs[:] = [""]
+
+
+def test_urls_globs_and_folders_of_a_remote_store_are_read(tmp_path, memory):
+    for kind in KINDS:
+        memory.pipe(f"/data/d{kind}", write_texts(tmp_path, f"d{kind}", TEXTS).read_bytes())
+        memory.pipe(f"/data/more/d{kind}.gz", packed(tmp_path / f"d{kind}", ".gz").read_bytes())
+    assert names(expand(["memory://data/*.csv"])) == ["d.csv"]
+    found = expand(["2:memory://data"])
+    assert len(found) == 2 * len(KINDS)
+    assert {source.weight for source in found} == {2.0}
+    for source in found:
+        assert source.is_url
+        assert source.size() > 0
+        assert [row["text"] for _, row in read_rows(source)] == TEXTS
+        assert [text for _, text in texts_of(column_batches(source, "text"))] == TEXTS
+
+
+def test_remote_faults_are_named(memory, monkeypatch):
+    memory.pipe("/data/note.md", b"x")
+    for given, problem in [
+        ("memory://data/gone.jsonl", r"data file memory://data/gone\.jsonl does not exist"),
+        ("memory://data/*.jsonl", r"no file matches memory://data/\*\.jsonl"),
+        ("memory://data", "memory://data holds no data files"),
+        ("nosuch://data/x.jsonl", "nosuch://data/x.jsonl cannot be opened: Protocol not known: nosuch"),
+        ("gs://bucket/x.jsonl", "gs://bucket/x.jsonl needs a package that is not installed: pip install gcsfs"),
+    ]:
+        with pytest.raises(SourceError, match=problem):
+            expand([given])
+    with pytest.raises(SourceError, match=r"memory://data/gone\.jsonl does not exist"):
+        list(read_rows("memory://data/gone.jsonl"))
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A web server over a folder, on a port of its own."""
+    import functools
+    import http.server
+    import threading
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_file_on_a_web_server_is_read_and_its_query_is_no_part_of_its_kind(tmp_path, web):
+    write_texts(tmp_path, "d.jsonl", TEXTS)
+    (source,) = expand([f"{web}/d.jsonl?download=true"])
+    assert source.kind == ".jsonl"
+    assert [row["text"] for _, row in read_rows(source)] == TEXTS
+    with pytest.raises(SourceError, match=r"gone\.jsonl does not exist"):
+        list(read_rows(f"{web}/gone.jsonl"))
+
+
+# --- real data --------------------------------------------------------------------------------------------------
+
+
+@needs_real_data
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("c4_demo.jsonl", 300), ("wiki_demo.txt", 30), ("tinyshakespeare.txt", 32777)],
+)
+def test_real_text_is_the_same_as_rows_and_as_batches(name, rows):
+    read = [(number, row["text"]) for number, row in read_rows(REAL_DATA / name)]
+    assert len(read) == rows
+    assert texts_of(column_batches(REAL_DATA / name, "text", 1 << 16)) == read

@@ -1,0 +1,280 @@
+"""Rows of data files as Python values, streamed, with the place of each. A reader is one entry in ``READERS``.
+
+The number of a row counts from 1: in .jsonl and .txt it is the line, in .csv the record after the header.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.data.sources.json_array import elements, first_character
+from megatron_ext.data.sources.opening import CHUNK_BYTES, Place, line_blocks, named_faults, open_bytes, open_seekable
+from megatron_ext.data.sources.places import Source, as_source, require_file
+from megatron_ext.errors import DatasetFormatError
+
+Row = tuple[int, Any]
+"""Number of the row in its file, and its value (an object, if the file fits any format)."""
+OnBad = Callable[[int, DatasetFormatError], None]
+"""Takes the number of a row that cannot be read, and why."""
+COLUMNAR_BATCH = 1024
+TEXT_COLUMN = "text"
+
+
+def read_rows(
+    source: Source | str | Path, columns: Collection[str] = (), start: int = 0, on_bad: OnBad | None = None
+) -> Iterator[Row]:
+    """Stream the rows of one file, in its order.
+
+    Args:
+        source: a file of one of ``places.KINDS``, compressed or not. A line of a .txt file is a document, as in
+            Hugging Face's ``text`` loader; blank lines are none.
+        columns: fields of interest; a columnar file is read only there (all of it when it has none of them).
+        start: skip the rows up to this number, without decoding them where the kind of file allows.
+        on_bad: told of a row that is broken by itself (a line that is not JSON or not UTF-8, a csv record of a
+            wrong length) instead of the error; what damages the file as a whole is an error always.
+
+    Raises:
+        SourceError: the file is missing, unreadable, or of an unsupported kind.
+        DatasetFormatError: the file is empty or broken; names file and row.
+    """
+    source = as_source(source)
+    require_file(source)
+    place, empty = Place(source), start == 0
+
+    def bad(number: int, error: DatasetFormatError) -> None:
+        nonlocal empty
+        empty = False
+        if on_bad is None:
+            raise error
+        on_bad(number, error)
+
+    with named_faults(place):
+        for row in READERS[source.kind](place, columns, start, bad):
+            empty = False
+            yield row
+    if empty:
+        raise DatasetFormatError(f"{source} holds no rows; remove it from the list or fill it")
+
+
+def holds_lines(source: Source) -> bool:
+    """Whether the file is JSON lines: by its name, or a .json file that does not start an array."""
+    if source.kind == ".jsonl":
+        return True
+    if source.kind != ".json":
+        return False
+    place = Place(source)
+    with named_faults(place), open_bytes(source) as stream:
+        return first_character(stream, place) == "{"
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------
+
+
+def _read_json(place: Place, columns: Collection[str], start: int, bad: OnBad) -> Iterator[Row]:
+    """An array, or JSON lines, which some tools write under this name."""
+    if holds_lines(place.source):
+        yield from _read_jsonl(place, columns, start, bad)
+        return
+    with open_bytes(place.source) as stream:
+        for row in elements(stream, place):
+            if place.row > start:
+                yield place.row, row
+
+
+def _read_jsonl(place: Place, columns: Collection[str], start: int, bad: OnBad) -> Iterator[Row]:
+    for number, block in numbered_blocks(place, start):
+        yield from json_lines(block, number, place, bad)
+
+
+def json_lines(block: bytes, number: int, place: Place, bad: OnBad) -> Iterator[Row]:
+    """The rows of whole lines; ``number`` is the first line's."""
+    for at, line in enumerate(block.split(b"\n"), number):
+        try:
+            text = line.decode()
+            row = json.loads(text)
+        except ValueError as error:
+            if line and not line.isspace():
+                bad(at, _line_error(place, at, error))
+        except RecursionError:
+            bad(at, place.error("the line is nested too deeply", at))
+        else:
+            place.row = at
+            yield at, row
+
+
+def _line_error(place: Place, number: int, error: ValueError) -> DatasetFormatError:
+    if isinstance(error, UnicodeDecodeError):
+        return place.error(f"is not UTF-8 ({error.reason} at byte {error.start} of the line); convert it", number)
+    hint = "; a .json file holds an array of rows, or one row a line" if place.source.kind == ".json" else ""
+    return place.error(f"the line is not valid JSON ({error}){hint}", number)
+
+
+def numbered_blocks(place: Place, start: int, size: int = CHUNK_BYTES) -> Iterator[tuple[int, bytes]]:
+    """Pieces of whole lines after line ``start``, each with the number of its first line."""
+    number = 1
+    with open_bytes(place.source) as stream:
+        for block in line_blocks(stream, size):
+            lines = block.count(b"\n")
+            if number > start:
+                yield number, block
+            elif number + lines > start:
+                at = 0
+                for _ in range(start + 1 - number):
+                    at = block.index(b"\n", at) + 1
+                if at < len(block):
+                    yield start + 1, block[at:]
+            number += lines
+
+
+# --- text and csv -----------------------------------------------------------------------------------------------
+
+
+def _read_txt(place: Place, columns: Collection[str], start: int, bad: OnBad) -> Iterator[Row]:
+    for number, block in numbered_blocks(place, start):
+        yield from text_lines(block, number, place, bad)
+
+
+def text_lines(block: bytes, number: int, place: Place, bad: OnBad) -> Iterator[Row]:
+    """Every line of whole lines that is not blank, without its line break; ``number`` is the first line's."""
+    for at, line in enumerate(block.split(b"\n"), number):
+        try:
+            text = line.decode().removesuffix("\r")
+        except UnicodeDecodeError as error:
+            bad(at, _line_error(place, at, error))
+            continue
+        if text and not text.isspace():
+            place.row = at
+            yield at, {TEXT_COLUMN: text}
+
+
+def _read_csv(place: Place, columns: Collection[str], start: int, bad: OnBad) -> Iterator[Row]:
+    """Records under the header; every value is text. Fields in quotes may hold commas and line breaks."""
+    csv.field_size_limit(sys.maxsize)
+    with open_bytes(place.source) as stream:
+        buffered = io.BufferedReader(_Chunks(stream), CHUNK_BYTES)
+        # an undecodable byte becomes a lone surrogate, so that its record can be named
+        text = io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        records = csv.reader(text, strict=True)
+        header = _next_record(records, place, 0)
+        if header is None:
+            return
+        if repeated := {name for name in header if header.count(name) > 1}:
+            raise place.error(f"the header names {', '.join(sorted(repeated))} more than once")
+        number = 0
+        while (values := _next_record(records, place, number + 1)) is not None:
+            number += 1
+            if number <= start:
+                continue
+            if len(values) != len(header):
+                problem = f"has {len(values)} values, but the header names {len(header)} columns"
+                bad(number, place.error(problem, number))
+            elif _undecodable(values):
+                bad(number, place.error("is not UTF-8; convert the file to UTF-8", number))
+            else:
+                place.row = number
+                yield number, dict(zip(header, values, strict=True))
+
+
+def _next_record(records: Iterator[list[str]], place: Place, number: int) -> list[str] | None:
+    """The next record that is no empty line, or None at the end."""
+    try:
+        return next(filter(None, records), None)
+    except csv.Error as error:
+        raise place.error(f"not valid csv ({error}); is a quote left open?", number) from None
+
+
+def _undecodable(values: Iterable[str]) -> bool:
+    try:
+        for value in values:
+            value.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+class _Chunks(io.RawIOBase):
+    """A stream as ``io.TextIOWrapper`` wants it, which Arrow's is not."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = self.stream.read(len(buffer))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+
+# --- columnar ---------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(place: Place, columns: Collection[str], start: int, bad: OnBad) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    with open_seekable(place.source) as stored, parquet.ParquetFile(stored) as file:
+        wanted = [index for index, name in enumerate(file.schema_arrow.names) if name in columns]
+        names = [file.schema_arrow.names[index] for index in wanted] or None
+        groups, number = groups_after(file, start)
+        for batch in file.iter_batches(batch_size=COLUMNAR_BATCH, columns=names, row_groups=groups):
+            yield from _batch_rows(batch, number, start, place)
+            number += len(batch)
+
+
+def groups_after(file: Any, start: int) -> tuple[list[int], int]:
+    """The row groups of a parquet file that hold rows after ``start``, and how many rows come before them."""
+    before = 0
+    for group in range(file.metadata.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if before + rows > start:
+            return list(range(group, file.metadata.num_row_groups)), before
+        before += rows
+    return [], before
+
+
+def _read_arrow(place: Place, columns: Collection[str], start: int, bad: OnBad) -> Iterator[Row]:
+    number = 0
+    with open_seekable(place.source) as stored:
+        for batch in arrow_batches(stored, columns):
+            for at in range(0, len(batch), COLUMNAR_BATCH):
+                yield from _batch_rows(batch.slice(at, COLUMNAR_BATCH), number + at, start, place)
+            number += len(batch)
+
+
+def arrow_batches(stored: Any, columns: Collection[str]) -> Iterator[Any]:
+    """Record batches of an IPC file or stream with the wanted columns (with all, when it has none of them)."""
+    from pyarrow import ipc
+
+    is_file = stored.read(6) == b"ARROW1"
+    opened = ipc.open_file if is_file else ipc.open_stream
+    stored.seek(0)
+    with opened(stored) as reader:
+        wanted = [index for index, name in enumerate(reader.schema.names) if name in columns]
+    stored.seek(0)
+    with opened(stored, options=ipc.IpcReadOptions(included_fields=wanted or None)) as reader:
+        yield from map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+
+
+def _batch_rows(batch: Any, before: int, start: int, place: Place) -> Iterator[Row]:
+    skipped = min(max(start - before, 0), len(batch))
+    for number, row in enumerate(batch.slice(skipped).to_pylist(), before + skipped + 1):
+        place.row = number
+        yield number, row
+
+
+READERS: dict[str, Callable[[Place, Collection[str], int, OnBad], Iterator[Row]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".arrow": _read_arrow,
+    ".txt": _read_txt,
+}
+"""Kind of a file -> its reader; ``bad`` raises where the caller gave no ``on_bad``."""
