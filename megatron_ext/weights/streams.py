@@ -16,14 +16,14 @@ PIECE_BYTES = 64 << 20
 
 
 class HFReader(Protocol):
-    """Gives rows of Hugging Face weights."""
+    """Gives rows of Hugging Face weights; several threads may ask at once, for pieces of a few megabytes."""
 
     def rows(self, part: Part, start: int, count: int) -> torch.Tensor:
         """``count`` rows of ``part`` from ``start`` on; backed by the file where that is possible."""
 
 
 class CheckpointReader(Protocol):
-    """Gives rows of megatron-core weights, whatever the layout on disk."""
+    """Gives rows of megatron-core weights, whatever the layout on disk; several threads may ask at once."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
@@ -36,10 +36,16 @@ class CheckpointReader(Protocol):
 
 
 class CheckpointWriter(Protocol):
-    """Takes rows of megatron-core weights; each row comes once, by ascending row within a weight."""
+    """Takes rows of megatron-core weights: each row once, in any order, from several threads at once.
+
+    So a writer lays its files out before the first row comes (``files.PlacedFile``, ``torch_zip.lay_out``).
+    """
 
     def write(self, weight: Weight, start: int, rows: torch.Tensor) -> None:
         """The rows of ``weight``, of its layer and expert, from ``start`` on."""
+
+    def sync(self) -> None:
+        """Wait until what was written before this call is on the disk, while other threads go on writing."""
 
     def close(self) -> None:
         """Finish the checkpoint; before that a reader refuses it."""
