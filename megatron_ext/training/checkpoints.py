@@ -1,15 +1,8 @@
-"""Checkpoints as torch_dist folders: load weights, save and resume the full state, write the final weights.
-
-A checkpoint is written under a partial name, flushed to the disk and renamed; the pointer to it moves last. So
-whatever the moment of a kill, ``latest_checkpointed_iteration.txt`` names a whole checkpoint or there is none.
-"""
+"""What a checkpoint of a training holds, and how it is read back; ``saving`` writes it."""
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +13,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_ext.errors import CheckpointError, ParallelismError
-from megatron_ext.folders import fsync_tree, replace_folder
-from megatron_ext.weights.manifest import LATEST, iteration_folder, latest_folder, read_latest, write_latest
+from megatron_ext.weights.manifest import LATEST, latest_folder, read_latest
 
 LARGE = 1_000_000_000
 """Parameters of a model whose optimizer state is saved as it is sharded, without gathering it: it then resumes under
@@ -68,11 +58,11 @@ def load_weights(model: Any, checkpoint: Path) -> None:
     model.load_state_dict(loaded, strict=False)
 
 
-def save_state(out: Path, state: TrainingState) -> None:
-    """Write the full state as ``iter_NNNNNNN`` in ``out``, point to it, and remove the one before it."""
+def full_state(state: TrainingState) -> dict[str, Any]:
+    """What a resumable checkpoint holds."""
     weights = state.model.sharded_state_dict(metadata=_sharding())
     optimizer_format = "dp_reshardable" if state.parameters >= LARGE else "fully_reshardable"
-    content = {
+    return {
         "model": weights,
         "optimizer": state.optimizer.sharded_state_dict(weights, metadata=_sharding(optimizer_format)),
         "optimizer_format": optimizer_format,
@@ -81,7 +71,6 @@ def save_state(out: Path, state: TrainingState) -> None:
         "step": state.step,
         "layout": state.layout(),
     }
-    _publish(out, state.step, content)
 
 
 def resume(out: Path, state: TrainingState) -> bool:
@@ -115,10 +104,8 @@ def resume(out: Path, state: TrainingState) -> bool:
     return True
 
 
-def save_final(out: Path, state: TrainingState, base: Path, finish: Callable[[], None]) -> None:
-    """Write the weights alone, each in the type it had in the checkpoint ``base``; ``finish`` runs before the pointer
-    moves, on rank 0 (it writes the manifest).
-    """
+def final_weights(state: TrainingState, base: Path) -> dict[str, Any]:
+    """The weights alone, each in the type it had in the checkpoint ``base``."""
     types = _types(latest_folder(base))
     weights = state.model.sharded_state_dict(metadata=_sharding())
 
@@ -130,56 +117,7 @@ def save_final(out: Path, state: TrainingState, base: Path, finish: Callable[[],
         return value
 
     dict_list_map_inplace(cast, weights)
-    _publish(out, state.step, weights, finish)
-
-
-def clear_partials(out: Path) -> None:
-    """Remove what a killed save left."""
-    for partial in out.glob(".iter_*.partial"):
-        shutil.rmtree(partial)
-    if (out / LATEST).exists():
-        _keep_only(out, latest_folder(out))
-
-
-def _publish(out: Path, step: int, content: dict[str, Any], finish: Callable[[], None] | None = None) -> None:
-    target = iteration_folder(out, step)
-    partial = out / f".{target.name}.partial"
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(content, str(partial), _strategy())
-    if first:
-        fsync_tree(partial)
-        replace_folder(partial, target)
-        if finish:
-            finish()
-        write_latest(out, step)
-        _flush(out / LATEST, out)
-        _keep_only(out, target)
-    dist.barrier()
-
-
-def _flush(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _keep_only(out: Path, kept: Path) -> None:
-    for folder in out.glob("iter_*"):
-        if folder != kept:
-            shutil.rmtree(folder)
-
-
-def _strategy() -> Any:
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return FullyParallelSaveStrategyWrapper(strategy, group, True) if group.size() > 1 else strategy
+    return weights
 
 
 def _check_resumable(folder: Path, common: dict[str, Any], layout: dict[str, Any]) -> None:
@@ -209,7 +147,7 @@ def _weights(model: Any) -> dict[str, Any]:
     of those are missing in a checkpoint that layers without it wrote.
     """
     state = model.sharded_state_dict(metadata=_sharding())
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    return {name: value for name, value in state.items() if "_extra_state" not in name}
 
 
 def _types(folder: Path) -> dict[str, torch.dtype]:

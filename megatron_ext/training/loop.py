@@ -86,15 +86,17 @@ def _train(setup: Setup, platform: Any, events: Events) -> dict[str, Any]:
     from megatron_ext.training import checkpoints
     from megatron_ext.training.metrics import Diary
     from megatron_ext.training.parallel import announce
+    from megatron_ext.training.saving import Saver
     from megatron_ext.training.steps import Trainer
     from megatron_ext.training.watch import Heartbeat
 
     heart = Heartbeat(setup.runtime.hang_timeout)
     heart.beat()
-    trainer = Trainer(setup, platform)
+    saver = Saver(setup.out, setup.runtime)
+    trainer = Trainer(setup, platform, saver)
     if dist.get_rank() == 0:
         write_run(setup.out, setup.state)
-        checkpoints.clear_partials(setup.out)
+    saver.clear_partials()
     announce(events, platform, setup.state.num_threads)
     if checkpoints.resume(setup.out, trainer.state):
         events.note(f"resumed after step {trainer.state.step}")
@@ -111,16 +113,20 @@ def _train(setup: Setup, platform: Any, events: Events) -> dict[str, Any]:
         _look(setup, trainer.state.step - 1, "gradient norm", result.grad_norm)
         diary.end_step(trainer.state.step, result)
         last = trainer.state.step == setup.plan.iterations
+        if (saved := saver.look(computed.writing)) is not None:
+            events.emit("checkpoint", step=saved)
         if not last and (stop or trainer.state.step % setup.runtime.save_interval == 0):
-            checkpoints.save_state(setup.out, trainer.state)
-            events.emit("checkpoint", step=trainer.state.step)
+            saver.save(trainer.state.step, checkpoints.full_state(trainer.state))
+            if not saver.writing:
+                events.emit("checkpoint", step=trainer.state.step)
         if not last and stop:
+            saver.finish()
             diary.close()
             events.emit("interrupted", step=trainer.state.step)
             raise JobInterrupted(f"stopped after step {trainer.state.step}")
     figures = diary.close()
     heart.beat()
-    summary = _finish(setup, trainer, figures)
+    summary = _finish(setup, trainer, saver, figures)
     heart.stop()
     return summary
 
@@ -138,21 +144,30 @@ def _look(setup: Setup, step: int, name: str, value: float) -> None:
     )
 
 
-def _finish(setup: Setup, trainer: Any, figures: dict[str, Any]) -> dict[str, Any]:
-    from megatron_ext.model.provider import padded_vocab_size
+def _finish(setup: Setup, trainer: Any, saver: Any, figures: dict[str, Any]) -> dict[str, Any]:
     from megatron_ext.training import checkpoints
 
     summary = {**setup.plan.summary(), **figures, "num_threads": setup.state.num_threads}
     manifest = setup.manifest.model_copy(
         update={
             "iteration": setup.plan.iterations,
-            "padded_vocab_size": padded_vocab_size(setup.manifest.vocab_size, setup.runtime.tensor_model_parallel_size),
+            "padded_vocab_size": padded_vocab_size(
+                setup.manifest.vocab_size,
+                setup.runtime.tensor_model_parallel_size,
+                setup.runtime.make_vocab_size_divisible_by,
+            ),
             "training": {"train": setup.train.model_dump(), "summary": summary},
         }
     )
-    checkpoints.save_final(
-        setup.out, trainer.state, setup.checkpoint, finish=lambda: write_manifest(setup.out, manifest)
-    )
+    if setup.runtime.keep_final_state:
+        whole = setup.out / "full_state"
+        saver.beside(whole).save_final(
+            setup.plan.iterations,
+            checkpoints.full_state(trainer.state),
+            describe=lambda: write_manifest(whole, manifest),
+        )
+    weights = checkpoints.final_weights(trainer.state, setup.checkpoint)
+    saver.save_final(setup.plan.iterations, weights, describe=lambda: write_manifest(setup.out, manifest))
     if trainer.first:
         write_run(setup.out, setup.state.model_copy(update={"summary": summary}))
     return summary

@@ -20,6 +20,7 @@ from megatron_ext.training.metrics import StepResult
 from megatron_ext.training.optimizer import adamw, data_parallel
 from megatron_ext.training.parallel import row_multiple
 from megatron_ext.training.plan import parameters
+from megatron_ext.training.saving import Saver
 from megatron_ext.training.schedule import learning_rate, scheduler
 
 if TYPE_CHECKING:
@@ -33,13 +34,14 @@ class Computed:
     loss: float
     tokens: int  # trained ones
     stop: bool  # whether any rank was asked to stop
+    writing: bool  # whether any rank still writes a checkpoint in the background
 
 
 class Trainer:
     """The model, its optimizer and its data on this rank."""
 
-    def __init__(self, setup: Setup, platform: Platform) -> None:
-        self.setup, self.first = setup, dist.get_rank() == 0
+    def __init__(self, setup: Setup, platform: Platform, saver: Saver) -> None:
+        self.setup, self.saver, self.first = setup, saver, dist.get_rank() == 0
         train, runtime = setup.train, setup.runtime
         bare = build_model(setup.manifest.architecture, train, runtime, platform)
         load_weights(bare, setup.checkpoint)
@@ -78,11 +80,11 @@ class Trainer:
         reporting = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
         mine = outputs if reporting else []
         loss = sum((o["loss"] for o in mine), torch.zeros((), device=torch.cuda.current_device()))
-        counts = [float(sum(o["tokens"] for o in mine)), float(STOP.asked)]
+        counts = [float(sum(o["tokens"] for o in mine)), float(STOP.asked), float(self.saver.writing)]
         sums = torch.cat([loss.to(self.sums)[None], torch.tensor(counts, dtype=self.sums, device=loss.device)])
         dist.all_reduce(sums)
-        total, tokens, stops = sums.tolist()
-        return Computed(total / tokens, int(tokens), stops > 0)
+        total, tokens, stops, writing = sums.tolist()
+        return Computed(total / tokens, int(tokens), stops > 0, writing > 0)
 
     def update(self, computed: Computed) -> StepResult:
         """Apply the gradients, unless a gradient overflowed in fp16: then the scale falls and nothing else changes."""

@@ -16,7 +16,7 @@ import pytest
 from training import column, events, run, start, write_checkpoint, write_dataset, write_job
 
 from megatron_ext.folders import digest_file
-from megatron_ext.weights.manifest import latest_folder, read_latest
+from megatron_ext.weights.manifest import LATEST, latest_folder, read_latest
 
 TRAIN = {"train_iters": 9, "hidden_dropout": 0.1}
 RUNTIME = {"save_interval": 3}
@@ -81,6 +81,39 @@ def test_training_killed_while_it_saves_keeps_the_checkpoint_before(base: Path) 
     run(killed)
     assert not list(out.glob(".iter_*"))
     assert_equal(base / "whole", out)
+
+
+def test_checkpoints_written_beside_the_training_are_as_good_and_those_asked_for_stay(base: Path) -> None:
+    kept, out = job(base, "kept", async_save=True, save_interval=2, keep_last=2, keep_every=4), base / "kept"
+    kill_when(start(kept), lambda: read_latest(out) == 6 if (out / LATEST).exists() else False, signal.SIGKILL)
+    assert {p.name for p in out.glob("iter_*")} >= {"iter_0000004", "iter_0000006"}
+    run(job(base, "kept", async_save=True, save_interval=2, keep_last=2, keep_every=4, keep_final_state=True))
+    assert column(out, "loss") == column(base / "whole", "loss")
+    assert digests(out) == digests(base / "whole")
+    assert sorted(p.name for p in out.glob("iter_*")) == ["iter_0000004", "iter_0000008", "iter_0000009"]
+    assert read_latest(out / "full_state") == 9
+    assert sum(p.stat().st_size for p in latest_folder(out / "full_state").iterdir()) > 2 * sum(
+        p.stat().st_size for p in latest_folder(out).iterdir()
+    )
+
+
+@pytest.mark.distributed
+def test_a_job_that_hangs_ends_with_its_stacks_in_the_log_and_goes_on_when_run_again(base: Path) -> None:
+    hung, out = job(base, "hung", nproc_per_node=2, hang_timeout=12, grace_seconds=1), base / "hung"
+    worker = start(hung)
+    deadline = time.monotonic() + 120
+    while not (out / LATEST).exists():
+        assert worker.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (ranks,) = [e["pids"] for e in events(hung) if e["event"] == "ranks"]
+    os.kill(ranks[1], signal.SIGSTOP)
+    assert worker.wait(timeout=90) != 0
+    log = Path(f"{hung}.log").read_text()
+    assert "Timeout (0:00:12)!" in log
+    assert "megatron_ext/training/loop.py" in log, "the stack says where it hung"
+    run(hung)
+    assert column(out, "step") == list(range(1, 10))
 
 
 @pytest.mark.distributed
