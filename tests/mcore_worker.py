@@ -1,8 +1,8 @@
 """megatron-core on a CPU in processes of its own (the platform redirects torch.cuda): ``mcore_worker.py JOB.json``.
 
-The job is a list of steps {"checkpoint", "tp", "pp", "tokens"?: file, "logits"?: file, "save"?: folder}: load the
-checkpoint into the model that training builds, then answer with the logits of the tokens (B, T) -> (B, T, V), or save
-its weights into an empty folder.
+The job is a list of steps {"checkpoint", "tp"?, "pp"?, "ep"?, "tokens"?: file, "logits"?: file, "save"?: folder}: load
+the checkpoint into the model that training builds, then answer with the logits of the tokens (B, T) -> (B, T, V), or
+save its weights into an empty folder.
 """
 
 import json
@@ -45,7 +45,12 @@ def main() -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}.store", rank=rank, world_size=world)
     for step in job:
-        parallel_state.initialize_model_parallel(step["tp"], step["pp"], create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(
+            step.get("tp", 1),
+            step.get("pp", 1),
+            expert_model_parallel_size=step.get("ep", 1),
+            create_gloo_process_groups=False,
+        )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         run_step(step, platform)
         parallel_state.destroy_model_parallel()
@@ -65,18 +70,50 @@ def run_step(step: dict, platform) -> None:
     checkpoint = Path(step["checkpoint"])
     train = TrainConfig(seq_length=64, global_batch_size=1, train_iters=1, lr=1.0, precision="fp32")
     runtime = RuntimeConfig(
-        tensor_model_parallel_size=step["tp"], pipeline_model_parallel_size=step["pp"], platform="cpu"
+        tensor_model_parallel_size=step.get("tp", 1),
+        pipeline_model_parallel_size=step.get("pp", 1),
+        expert_model_parallel_size=step.get("ep", 1),
+        platform="cpu",
     )
     model = build_model(read_manifest(checkpoint).architecture, train, runtime, platform).eval()
     load_weights(model, checkpoint)
     if "logits" in step:
-        tokens = torch.load(step["tokens"])
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        with torch.no_grad():
-            torch.save(model(tokens, positions, None), step["logits"])
+        logits = forward(model, torch.load(step["tokens"]))
+        if logits is not None:
+            torch.save(logits, step["logits"])
     if "save" in step:
         groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         dist_checkpointing.save(model.sharded_state_dict(metadata=groups), step["save"])
+
+
+def forward(model, tokens):
+    """Logits (B, T, V) on one rank: the first data- and tensor-parallel rank of the last pipeline stage."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+
+    def step(_, model):
+        return model(tokens, positions, None), lambda logits, non_loss_data: logits
+
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=None,
+            model=model,
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if not parallel_state.is_pipeline_last_stage():
+            return None
+        logits = gather_from_tensor_model_parallel_region(outputs[0])
+    ranks = parallel_state.get_tensor_model_parallel_rank() + parallel_state.get_data_parallel_rank()
+    return logits if ranks == 0 else None
 
 
 if __name__ == "__main__":

@@ -32,27 +32,54 @@ def write_tokenizer(folder: Path, vocab_size: int = 400, corpus: list[str] | Non
     return folder
 
 
-def write_model(folder: Path, model_type: str = "llama", seed: int = 0, dtype: str = "float32", **overrides) -> Path:
-    """A Hugging Face causal LM with weights large enough that logits differ, and a tokenizer beside it."""
+SIZES = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+FAMILY_SIZES = {
+    "mistral": {"sliding_window": None},
+    "mixtral": {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+}
+"""What keeps a model of the family tiny, beside SIZES."""
+
+
+def write_model(
+    folder: Path,
+    model_type: str = "llama",
+    seed: int = 0,
+    dtype: str = "float32",
+    stacked_experts: bool = False,
+    **overrides,
+) -> Path:
+    """A Hugging Face causal LM with weights large enough that logits differ, and a tokenizer beside it.
+
+    ``stacked_experts`` writes experts as transformers 5 keeps them in memory, not one by one as it saves them.
+    """
     import torch
     import transformers
+    from safetensors.torch import save_file
 
-    sizes = {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
-        "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
-    }  # fmt: skip
-    config = transformers.AutoConfig.for_model(model_type, **(sizes | overrides))
+    sizes = SIZES | FAMILY_SIZES.get(model_type, {}) | overrides
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif name.endswith("mlp.gate.weight"):
+                parameter.normal_(0, 0.3)  # a router that sends tokens to different experts
             elif parameter.ndim == 1:
                 parameter.normal_(0, 0.1)
             else:
                 parameter.mul_(4)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
+    if stacked_experts:
+        tied = config.tie_word_embeddings
+        weights = {k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return write_tokenizer(folder)
 
 

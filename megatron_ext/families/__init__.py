@@ -8,7 +8,7 @@ import pkgutil
 from megatron_ext.errors import UnsupportedModelError, unknown
 from megatron_ext.families.base import ModelFamily
 
-NOT_FAMILIES = {"base", "hf_config"}
+NOT_FAMILIES = {"base", "hf_config", "shared"}
 
 
 def available() -> list[str]:

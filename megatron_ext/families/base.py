@@ -37,10 +37,26 @@ class Architecture(Section):
     share_embeddings_and_output_weights: bool = False
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
+    qk_layernorm: bool = Field(default=False, description="a norm over each query head and each key head")
     normalization: str = "RMSNorm"
     gated_linear_unit: bool = True
+    window_size: int | None = Field(
+        default=None, ge=1, description="tokens that a token sees, itself and the ones before it; empty for all"
+    )
+    window_attn_skip_freq: tuple[int, ...] | None = Field(
+        default=None, description="1 for each layer with the window, 0 for each without; empty: all have it"
+    )
     num_moe_experts: int | None = Field(default=None, description="experts a layer; empty for a dense model")
     moe_ffn_hidden_size: int | None = Field(default=None, description="ffn hidden size of one expert, M")
+    moe_router_topk: int | None = Field(default=None, description="experts that a token is sent to")
+    moe_router_pre_softmax: bool = Field(
+        default=False,
+        description="the chosen experts' weights come from a softmax over all experts and sum to less than 1; "
+        "else from a softmax over the chosen ones",
+    )
+    moe_aux_loss_coeff: float = Field(
+        default=0.0, description="weight of the load-balancing loss that the model was trained with; no forward uses it"
+    )
 
     def dims(self) -> dict[str, int]:
         """Sizes by the letters of the legend, 2, and QKV: the query, key and value heads of all groups together."""
@@ -111,6 +127,8 @@ class ModelFamily:
     """Values that a config.json without the key stands for (defaults of the Hugging Face config class)."""
     config_required: Mapping[str, Any] = field(default_factory=dict)
     """Keys that must hold this value when present: anything else computes what megatron-core would not."""
+    config_ignored: tuple[str, ...] = ()
+    """Keys that change nothing for this family, given what is required."""
     derived_weights: tuple[str, ...] = ()
     """Buffers that old files hold although the config determines them; not converted."""
 

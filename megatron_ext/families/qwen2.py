@@ -1,38 +1,19 @@
-"""Qwen2 and Qwen2.5 dense: grouped-query attention with QKV bias, SwiGLU, RMSNorm.
+"""Qwen2 and Qwen2.5, dense: grouped-query attention with biases on query, key and value, SwiGLU, RMSNorm.
 
-Source: transformers ``Qwen2ForCausalLM``. Shapes are (out, in) as torch stores them:
-V vocab, H hidden, F ffn, A query heads, G query groups, D head_dim.
+``use_sliding_window`` gives the layers from ``max_window_layers`` on, or those that ``layer_types`` names, a window.
+Source: transformers ``Qwen2ForCausalLM``.
 """
 
 from megatron_ext.families.base import ModelFamily
-from megatron_ext.weights.rules import QKV, Copy, GateUp
-
-MC, HF = "decoder.layers.{i}.", "model.layers.{i}."
-ATTENTION, MLP = HF + "self_attn.", HF + "mlp."
+from megatron_ext.families.shared import DENSE_MLP, EMBEDDINGS, SELF_ATTENTION, qkv_bias
 
 FAMILY = ModelFamily(
     hf_architecture="Qwen2ForCausalLM",
-    transformer_config={"normalization": "RMSNorm", "gated_linear_unit": True, "add_qkv_bias": True},
+    transformer_config={"add_qkv_bias": True},
     config_defaults={
         "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "tie_word_embeddings": False, "num_key_value_heads": 32,
+        "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
     },
-    config_required={"hidden_act": "silu", "use_sliding_window": False},
-    weights=(
-        Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V H", axis=0),
-        Copy("decoder.final_layernorm.weight", "model.norm.weight", "H"),
-        Copy("output_layer.weight", "lm_head.weight", "V H", axis=0, skip_if="share_embeddings_and_output_weights"),
-        Copy(MC + "self_attention.linear_qkv.layer_norm_weight", HF + "input_layernorm.weight", "H"),
-        QKV(
-            MC + "self_attention.linear_qkv.weight",
-            q=ATTENTION + "q_proj.weight", k=ATTENTION + "k_proj.weight", v=ATTENTION + "v_proj.weight",
-        ),
-        QKV(
-            MC + "self_attention.linear_qkv.bias",
-            q=ATTENTION + "q_proj.bias", k=ATTENTION + "k_proj.bias", v=ATTENTION + "v_proj.bias", columns="",
-        ),
-        Copy(MC + "self_attention.linear_proj.weight", ATTENTION + "o_proj.weight", "H A*D", axis=1),
-        Copy(MC + "mlp.linear_fc1.layer_norm_weight", HF + "post_attention_layernorm.weight", "H"),
-        GateUp(MC + "mlp.linear_fc1.weight", gate=MLP + "gate_proj.weight", up=MLP + "up_proj.weight"),
-        Copy(MC + "mlp.linear_fc2.weight", MLP + "down_proj.weight", "H F", axis=1),
-    ),
+    config_required={"hidden_act": "silu"},
+    weights=(*EMBEDDINGS, *SELF_ATTENTION, qkv_bias(), *DENSE_MLP),
 )  # fmt: skip

@@ -6,18 +6,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer import TransformerConfig
 
 from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.families.base import Architecture
-from megatron_ext.model.attention import SDPACoreAttention
-from megatron_ext.model.norm import Norm
+from megatron_ext.model.layers import attention_config, experts_config, layer_spec
 from megatron_ext.model.rotary import PositionedRotary
 from megatron_ext.platforms.base import Platform
 from megatron_ext.weights.vocab import padded_vocab_size
@@ -54,7 +48,8 @@ def transformer_config(
         pipeline_model_parallel_size=runtime.pipeline_model_parallel_size,
         sequence_parallel=runtime.sequence_parallel,
         variable_seq_lengths=runtime.pipeline_model_parallel_size > 1,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable_seq_lengths, in dense models too
+        **attention_config(architecture),
+        **experts_config(architecture, runtime, fused),
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
         use_cpu_initialization=on_cpu,
@@ -82,17 +77,6 @@ def _recomputation(runtime: RuntimeConfig) -> dict[str, Any]:
 
 def _keep(weight: torch.Tensor) -> torch.Tensor:
     return weight
-
-
-def layer_spec(architecture: Architecture, config: TransformerConfig, fused: bool) -> Any:
-    """Transformer Engine's layers if ``fused``, else megatron-core's own with SDPA."""
-    if fused:
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec: ModuleSpec = get_gpt_layer_local_spec(normalization=architecture.normalization)
-    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
-    layers = [spec] * get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
 
 
 def build_model(architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig, platform: Platform) -> GPTModel:

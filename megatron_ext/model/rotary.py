@@ -14,7 +14,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron_ext.errors import UnsupportedModelError, unknown
 from megatron_ext.families.base import Architecture
 
-SCALINGS = ("default", "linear", "llama3")
+SCALINGS = ("default", "linear", "llama3", "yarn")
 
 
 def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
@@ -36,6 +36,8 @@ def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
         return frequencies / scaling["factor"]
     if kind == "llama3":
         return _llama3(frequencies, scaling)
+    if kind == "yarn":
+        return _yarn(frequencies, scaling, architecture)
     raise UnsupportedModelError(unknown("rope_type", kind, SCALINGS, "in the model's config.json"))
 
 
@@ -48,6 +50,40 @@ def _llama3(frequencies: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
     between = (1 - smooth) * scaled / factor + smooth * scaled
     medium = ~(wavelengths < context / high) & ~(wavelengths > context / low)
     return torch.where(medium, between, scaled)
+
+
+def _yarn(frequencies: torch.Tensor, scaling: dict[str, Any], architecture: Architecture) -> torch.Tensor:
+    """Dimensions that turn often in the original context keep their frequency, those that turn seldom are stretched by
+    ``factor``, and the ones between are blended.
+    """
+    size, context = architecture.kv_channels, scaling["original_max_position_embeddings"]
+
+    def dimension(turns: float) -> float:
+        return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(architecture.rotary_base))
+
+    low, high = dimension(scaling.get("beta_fast", 32)), dimension(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    high += 0.001 if low == high else 0
+    stretched = torch.clamp((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    return frequencies / scaling["factor"] * stretched + frequencies * (1 - stretched)
+
+
+def attention_factor(architecture: Architecture) -> float:
+    """What cosine and sine are multiplied by; other than 1 for yarn only."""
+    scaling = architecture.rope_scaling or {}
+    if scaling.get("rope_type") != "yarn":
+        return 1.0
+    if "attention_factor" in scaling:
+        return scaling["attention_factor"]
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+
+    if "mscale" in scaling and "mscale_all_dim" in scaling:
+        return scale(scaling["mscale"]) / scale(scaling["mscale_all_dim"])
+    return scale(1.0)
 
 
 class PositionedRotary(RotaryEmbedding):

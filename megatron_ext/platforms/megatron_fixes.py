@@ -19,6 +19,9 @@ def apply(platform: str) -> None:
         _own_step_for_each_parameter()
         _restore_states_without_gradient()
         _write_in_this_process()
+        _route_without_transformer_engine()
+        if platform == "cpu":
+            _dispatch_on_cpu()
 
 
 def _random_state_on_cpu() -> None:
@@ -98,6 +101,27 @@ def _write_in_this_process() -> None:
 
     FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write)
     TorchDistSaveShardedStrategy.async_save = save
+
+
+def _route_without_transformer_engine() -> None:
+    """The router asks for a name that is only imported where Transformer Engine is: NameError."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _dispatch_on_cpu() -> None:
+    """The sizes of an all-to-all become numpy arrays only on their way from a GPU; elsewhere they stay tensors, which
+    ``all_to_all`` refuses.
+    """
+    import torch
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
 
 
 def torch_adamw(optimizer: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from megatron_ext.platforms.base import Platform, select
 
 @contextmanager
 def parallel_state(runtime: RuntimeConfig, seed: int) -> Iterator[Platform]:
-    """Prepare the platform, join the other ranks, set up tensor, pipeline and data parallel groups, seed every RNG.
+    """Prepare the platform, join the other ranks, set up the groups of every kind of parallelism, seed every RNG.
 
     Must be entered before anything imports megatron-core; works alone and under torchrun.
 
@@ -37,7 +37,10 @@ def parallel_state(runtime: RuntimeConfig, seed: int) -> Iterator[Platform]:
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()  # alone: no port, nothing to collide with
     dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
     parallel_state.initialize_model_parallel(
-        runtime.tensor_model_parallel_size, runtime.pipeline_model_parallel_size, create_gloo_process_groups=False
+        runtime.tensor_model_parallel_size,
+        runtime.pipeline_model_parallel_size,
+        expert_model_parallel_size=runtime.expert_model_parallel_size,
+        create_gloo_process_groups=False,
     )
     seed_all(seed)
     try:

@@ -47,9 +47,10 @@ def check_layout(
     splits = {
         "num_attention_heads": architecture.num_attention_heads,
         "num_query_groups": architecture.num_query_groups,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
         "hidden_size": architecture.hidden_size,
     }
+    mlp = "moe_ffn_hidden_size" if architecture.num_moe_experts else "ffn_hidden_size"
+    splits[mlp] = getattr(architecture, mlp)
     for name, value in splits.items():
         if value % tp:
             fitting = [n for n in range(1, tp) if all(v % n == 0 for v in splits.values())]
@@ -68,11 +69,34 @@ def check_layout(
             "runtime.sequence_parallel needs tensor_model_parallel_size of 2 or more, which is 1; switch one of them"
         )
     data_parallel = world // (tp * pp)
+    _check_experts(architecture, runtime, data_parallel)
     if train.global_batch_size % (runtime.micro_batch_size * data_parallel):
         raise ParallelismError(
             f"train.global_batch_size {train.global_batch_size} is not a multiple of runtime.micro_batch_size "
             f"{runtime.micro_batch_size} x data-parallel size {data_parallel} (= {world} processes / ({tp} x {pp})); "
             "change the micro batch size or the number of processes"
+        )
+
+
+def _check_experts(architecture: Architecture, runtime: RuntimeConfig, data_parallel: int) -> None:
+    ep, experts = runtime.expert_model_parallel_size, architecture.num_moe_experts
+    if experts is None:
+        if ep > 1:
+            raise ParallelismError(
+                f"runtime.expert_model_parallel_size {ep} needs a mixture of experts; this model is dense, set it to 1"
+            )
+        return
+    fitting = [n for n in range(1, data_parallel + 1) if experts % n == 0 and data_parallel % n == 0]
+    for name, value in {"the model's num_moe_experts": experts, "the data-parallel size": data_parallel}.items():
+        if value % ep:
+            raise ParallelismError(
+                f"runtime.expert_model_parallel_size {ep} does not divide {name} {value}; this model takes "
+                f"{', '.join(map(str, fitting))} at data-parallel size {data_parallel}"
+            )
+    if runtime.tensor_model_parallel_size > 1 and not runtime.sequence_parallel:
+        raise ParallelismError(
+            f"runtime.tensor_model_parallel_size {runtime.tensor_model_parallel_size} trains a mixture of experts with "
+            "sequence_parallel only; set runtime.sequence_parallel true"
         )
 
 
@@ -271,8 +295,12 @@ def parameters(architecture: Architecture) -> int:
     a = architecture
     qkv = a.kv_channels * (a.num_attention_heads + 2 * a.num_query_groups)
     attention = a.hidden_size * qkv + a.kv_channels * a.num_attention_heads * a.hidden_size
-    mlp = (3 if a.gated_linear_unit else 2) * a.hidden_size * a.ffn_hidden_size
+    ffn = a.ffn_hidden_size if a.num_moe_experts is None else a.moe_ffn_hidden_size or a.ffn_hidden_size
+    mlp = (3 if a.gated_linear_unit else 2) * a.hidden_size * ffn
+    if a.num_moe_experts is not None:
+        mlp = a.num_moe_experts * (mlp + a.hidden_size)  # each expert, and its row of the router
     bias = (qkv if a.add_qkv_bias or a.add_bias_linear else 0) + 2 * a.hidden_size
+    bias += 2 * a.kv_channels if a.qk_layernorm else 0
     embeddings = a.vocab_size * a.hidden_size * (1 if a.share_embeddings_and_output_weights else 2)
     return a.num_layers * (attention + mlp + bias) + embeddings + a.hidden_size
 

@@ -18,7 +18,6 @@ from megatron_ext.data.chat_templates import own_template
 from megatron_ext.errors import ConfigError, unknown
 from megatron_ext.events import Events
 from megatron_ext.families.base import Architecture, Weight
-from megatron_ext.families.hf_config import unread_keys
 from megatron_ext.folders import full_disk_named, require_space
 from megatron_ext.hf_folder import read_config, tokenizer_digest
 from megatron_ext.weights.hf import SHORT, SafetensorsReader, short_name
@@ -54,8 +53,6 @@ def convert(model: Path, out: Path, *, dtype: str | None, events: Events) -> dic
         raise ConfigError(unknown("dtype", dtype, SHORT))
     config = read_config(model)
     family, architecture = architecture_of(config)
-    for key in unread_keys(family, config):
-        events.note(f"config.json: key {key} is not read; if it changes what the model computes, do not go on")
     source = SafetensorsReader(model)
     hf_layout = family.layout_of(source.tensors)
     plan = list(family.plan(architecture, hf_layout))

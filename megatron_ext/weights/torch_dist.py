@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,10 +35,6 @@ from megatron_ext.families.base import Architecture, Weight
 MAX_FILE_BYTES = 4 << 30
 BLOB_OVERHEAD = 2048
 """Bytes that ``torch.save`` adds to a tensor's own, at most."""
-
-EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-TE_EXTRA_STATES = ("self_attention.core_attention",)
-"""Modules of a layer that keep an (empty) object beside their weights: all, and those of Transformer Engine only."""
 
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -70,11 +67,8 @@ class TorchDistWriter:
 
     def close(self) -> None:
         """Write the extra states and, last, by one rename, the metadata."""
-        layers = self._architecture.num_layers
-        for layer in range(layers):
-            for module in (*EXTRA_STATES, *TE_EXTRA_STATES):
-                self._extra_state(f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}")
-        self._extra_state("decoder.final_layernorm._extra_state/shard_0_1")
+        for key in extra_states(self._architecture):
+            self._extra_state(key)
         if self._file:
             self._file.close()
         torch.save({}, self._folder / "common.pt")
@@ -101,6 +95,24 @@ class TorchDistWriter:
         start = self._file.tell()
         torch.save(value, self._file)
         self._storage[index] = _StorageInfo(self._name, start, self._file.tell() - start)
+
+
+def extra_states(architecture: Architecture) -> Iterator[str]:
+    """Keys of the (empty) objects that modules keep beside their weights: megatron-core's own linear layers, and those,
+    the attention and the unfused norms of Transformer Engine.
+    """
+    layers, experts = architecture.num_layers, architecture.num_moe_experts
+    modules = [f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "core_attention")]
+    modules += [f"self_attention.{name}" for name in ("q_layernorm", "k_layernorm") if architecture.qk_layernorm]
+    modules += ["pre_mlp_layernorm"] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    for layer in range(layers):
+        for module in modules:
+            yield f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+        for expert in range(experts or 0):
+            for module in ("linear_fc1", "linear_fc2"):
+                place = f"shard_{layer}.{expert}_{layers}.{experts}"
+                yield f"decoder.layers.mlp.experts.experts.{module}._extra_state/{place}"
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
 
 
 def _alone(piece: torch.Tensor) -> torch.Tensor:

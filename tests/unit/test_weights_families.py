@@ -20,9 +20,9 @@ def test_a_file_named_after_a_model_type_is_a_family(tmp_path, monkeypatch):
     assert find_family("otherllama").hf_architecture == "LlamaForCausalLM"
 
 
-@pytest.mark.parametrize("name", ["base", "hf_config", "__init__", "../llama", 3, None])
+@pytest.mark.parametrize("name", ["base", "shared", "hf_config", "__init__", "../llama", 3, None])
 def test_what_is_no_family_is_not_imported(name):
-    with pytest.raises(UnsupportedModelError, match="Available: llama, qwen2"):
+    with pytest.raises(UnsupportedModelError, match="Available: llama, mistral, mixtral, qwen2"):
         find_family(name)
 
 
