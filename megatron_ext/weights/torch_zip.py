@@ -15,7 +15,7 @@ import struct
 import sys
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -46,12 +46,28 @@ class Announced:
 class ZipLayout:
     """``size`` bytes in all; ``pieces`` are (offset, bytes) of everything but the announced tensors.
 
-    ``places`` is where the bytes of each announced tensor go, contiguous in memory order.
+    ``places`` is where the bytes of each announced tensor go, contiguous in memory order. ``varying`` are the (offset,
+    length) of what torch would write there: checksums of the announced tensors, and a fingerprint of all checksums.
     """
 
     size: int
     pieces: tuple[tuple[int, bytes], ...]
     places: Mapping[Announced, int]
+    varying: tuple[tuple[int, int], ...]
+
+    def is_laid_out_in(self, others: Sequence[bytes]) -> bool:
+        """Whether a file that holds ``others`` where this one holds its pieces is the same but for the tensors."""
+        return all(
+            len(theirs) == len(ours) and self._masked(offset, theirs) == self._masked(offset, ours)
+            for (offset, ours), theirs in zip(self.pieces, others, strict=True)
+        )
+
+    def _masked(self, start: int, piece: bytes) -> bytes:
+        masked = bytearray(piece)
+        for offset, length in self.varying:
+            if start <= offset < start + len(piece):
+                masked[offset - start : offset - start + length] = bytes(length)
+        return bytes(masked)
 
 
 def lay_out(value: Any, name: str = "archive") -> ZipLayout:
@@ -75,9 +91,9 @@ def lay_out(value: Any, name: str = "archive") -> ZipLayout:
         else:
             zipped.record(f"data/{storage.key}", bytes(storage.tensor.contiguous().view(-1).view(torch.uint8).numpy()))
     zipped.record("version", b"3\n")
-    zipped.record(".data/serialization_id", b"0" * 40)
+    zipped.record(".data/serialization_id", b"0" * 40, varies=True)
     zipped.end()
-    return ZipLayout(zipped.size, tuple(zipped.pieces), places)
+    return ZipLayout(zipped.size, tuple(zipped.pieces), places, tuple(zipped.varying))
 
 
 @lru_cache(maxsize=256)
@@ -121,25 +137,30 @@ class _Zip:
 
     def __init__(self, name: str) -> None:
         self._name, self._directory, self._entries = name, bytearray(), 0
+        self._varying_entries: list[int] = []
         self.pieces: list[tuple[int, bytes]] = []
+        self.varying: list[tuple[int, int]] = []
         self.size = 0
 
-    def record(self, name: str, content: bytes) -> None:
-        """A record with its content."""
+    def record(self, name: str, content: bytes, varies: bool = False) -> None:
+        """A record with its content; ``varies`` if torch would write another."""
         self._add(self._header(name, len(content)) + content)
-        self._finish(name, len(content), zlib.crc32(content))
+        if varies:
+            self.varying.append((self.size - len(content), len(content)))
+        self._finish(name, len(content), zlib.crc32(content), varies)
 
     def gap(self, name: str, size: int) -> int:
         """A record whose ``size`` bytes come later; returns where."""
         self._add(self._header(name, size))
         offset = self.size
         self.size += size
-        self._finish(name, size, 0)
+        self._finish(name, size, 0, True)
         return offset
 
     def end(self) -> None:
         """The directory of all records, in zip64 as torch always writes it."""
         start, size, count = self.size, len(self._directory), self._entries
+        self.varying += [(start + offset, 4) for offset in self._varying_entries]
         self._add(bytes(self._directory))
         end64 = self.size
         self._add(struct.pack("<4sQHHLLQQQQ", b"PK\6\6", 44, 0x031E, 45, 0, 0, count, count, size, start))
@@ -150,15 +171,18 @@ class _Zip:
     def _header(self, name: str, size: int) -> bytes:
         self._start = self.size
         path = f"{self._name}/{name}".encode()
-        extra = _zip64(size, self._start)
+        extra = _zip64((size, 0), self._start)  # as miniz does: the second size is not known yet
         begin = self._start + 30 + len(path) + len(extra) + 4
         padding = ALIGNMENT - begin % ALIGNMENT
         extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         head = (b"PK\3\4", 0, _flags(size), 0, 0, 0, 0, 0, 0, len(path), len(extra))
         return struct.pack("<4sHHHHHLLLHH", *head) + path + extra
 
-    def _finish(self, name: str, size: int, crc: int) -> None:
-        path, extra, small = f"{self._name}/{name}".encode(), _zip64(size, self._start), min(size, MAX32)
+    def _finish(self, name: str, size: int, crc: int, varies: bool) -> None:
+        path, extra, small = f"{self._name}/{name}".encode(), _zip64((size, size), self._start), min(size, MAX32)
+        if varies and size:
+            self.varying.append((self.size + 4, 4))
+            self._varying_entries.append(len(self._directory) + 16)
         if size:
             self._add(struct.pack("<4sLQQ" if extra else "<4sLLL", b"PK\7\10", crc, size, size))
         start = min(self._start, MAX32)
@@ -180,7 +204,7 @@ def _flags(size: int) -> int:
     return UTF8 | (SIZES_FOLLOW if size else 0)
 
 
-def _zip64(size: int, start: int) -> bytes:
+def _zip64(sizes: tuple[int, int], start: int) -> bytes:
     """Extra field of a record that is too large, or lies too far, for 32 bits."""
-    fields = ([size, size] if size >= MAX32 else []) + ([start] if start >= MAX32 else [])
+    fields = [*(sizes if sizes[0] >= MAX32 else ()), *((start,) if start >= MAX32 else ())]
     return struct.pack(f"<HH{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
