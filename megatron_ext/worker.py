@@ -33,6 +33,8 @@ JOBS = {
     "export": "megatron_ext.weights.export:run",
     "evaluate": "megatron_ext.evaluation.lm_eval_runner:run",
     "report": "megatron_ext.report:run",
+    "logits-transformers": "megatron_ext.weights.logits_transformers:run",
+    "logits-megatron": "megatron_ext.weights.logits_megatron:run",
 }
 """Job name -> ``module:function``; the function takes ``(job, events)`` and returns a JSON-able summary."""
 

@@ -1,0 +1,170 @@
+"""The gate: a checkpoint and a Hugging Face folder must hold the same model before either of them is published.
+
+Run: ``mflow verify --checkpoint DIR --model HF_DIR [--level digest|logits]``; convert and export run it on what they
+wrote, read back from the files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext.config import RuntimeConfig, VerifyLevel
+from megatron_ext.errors import ConfigError, UserError, VerificationError, unknown
+from megatron_ext.events import Events
+from megatron_ext.families.base import Architecture, Weight
+from megatron_ext.weights import planning
+from megatron_ext.weights.certificate import Certificate, versions, write_certificate
+from megatron_ext.weights.hf import SHORT, TensorInfo, short_name
+from megatron_ext.weights.manifest import CheckpointManifest, latest_folder, read_manifest
+from megatron_ext.weights.sources import source_of
+from megatron_ext.weights.streams import CheckpointReader
+from megatron_ext.weights.torch_dist import TorchDistReader
+from megatron_ext.weights.verify_digest import Direction, Sides, compare
+from megatron_ext.weights.verify_logits import Pair, compare_logits, require_memory
+
+LEVELS = ("none", "digest", "logits")
+HERE = RuntimeConfig()
+
+
+def gate(
+    level: VerifyLevel,
+    *,
+    checkpoint: Path,
+    model: Path,
+    made: Path,
+    events: Events,
+    runtime: RuntimeConfig = HERE,
+) -> dict[str, Any]:
+    """Verify what was just made, ``checkpoint`` or ``model``, and put the certificate into it; its summary.
+
+    Raises:
+        VerificationError: it does not equal what it was made from, or cannot be read back.
+    """
+    if level == "none":
+        return {"verified": None}
+    direction: Direction = "to_checkpoint" if made == checkpoint else "to_model"
+    try:
+        certificate = verify(checkpoint, model, level=level, events=events, direction=direction, runtime=runtime)
+    except VerificationError as error:
+        raise VerificationError(
+            f"{error}. Nothing was published; check disk and memory of this machine and try again: what fails twice at "
+            "the same place is a fault in megatron_ext/families or megatron_ext/weights"
+        ) from None
+    except UserError as error:
+        raise VerificationError(f"what was written cannot be read back: {error}") from None
+    write_certificate(made, certificate)
+    return {"verified": certificate.summary()}
+
+
+def check_level(level: VerifyLevel, architecture: Architecture, runtime: RuntimeConfig = HERE) -> None:
+    """Refuse, before anything is written, a level that is unknown or that this machine cannot compute.
+
+    Raises:
+        ConfigError: names what is needed, what there is, and the level that goes without.
+    """
+    if level not in LEVELS:
+        raise ConfigError(unknown("verification level", level, LEVELS))
+    if level == "logits":
+        require_memory(architecture, runtime)
+
+
+def verify(
+    checkpoint: Path,
+    model: Path,
+    *,
+    level: VerifyLevel,
+    events: Events,
+    direction: Direction | None = None,
+    runtime: RuntimeConfig = HERE,
+) -> Certificate:
+    """Compare the checkpoint folder with the Hugging Face folder that it was made from, or that was made from it.
+
+    ``direction`` says which of the two it is, None finds out: a trained checkpoint, and one whose source had another
+    type than ``model``, is what ``model`` was exported from. Level ``logits`` compares all bits first.
+
+    Raises:
+        VerificationError: they differ; names the tensor with its place and values, or the first layer.
+        CheckpointError, SourceError, WeightMappingError, VocabularyError: they cannot be compared.
+    """
+    started = time.monotonic()
+    manifest = read_manifest(checkpoint)
+    check_level(level, manifest.architecture, runtime)
+    source = source_of(manifest, checkpoint, model)
+    plan, tensors = source.plan, source.reader.tensors
+    reader = open_checkpoint(checkpoint)
+    planning.check_stored(plan, reader, checkpoint)
+    reader.close()
+    direction = direction or _direction(manifest, plan, tensors)
+    sides = Sides(checkpoint, model, lambda: open_checkpoint(checkpoint), source.reopened)
+    try:
+        compared = compare(plan, sides, tensors, direction, events)
+    except VerificationError as error:
+        raise VerificationError(f"{error}{_trained(manifest, checkpoint, direction)}") from None
+    made_of = {reader.dtypes[weight.key] for weight in plan}
+    types = made_of if direction == "to_checkpoint" else {tensors[name].dtype for name in compared.digests}
+    figures = None
+    if level == "logits":
+        rounded = _rounded(direction, types, made_of, model)
+        figures = compare_logits(Pair(checkpoint, model, manifest, direction, rounded), events, runtime)
+    return Certificate(
+        level=level,
+        compared=_sentence(direction, manifest),
+        dtype=short_name(types),
+        tensors=len(compared.digests),
+        megatron_tensors=compared.megatron_tensors,
+        bytes=compared.bytes,
+        digests=compared.digests,
+        not_converted=source.not_converted,
+        logits=figures,
+        seconds=round(time.monotonic() - started, 3),
+        versions=versions(),
+    )
+
+
+def open_checkpoint(folder: Path) -> CheckpointReader:
+    """A reader of the newest iteration in a checkpoint folder."""
+    return TorchDistReader(latest_folder(folder))
+
+
+def _direction(manifest: CheckpointManifest, plan: list[Weight], tensors: Mapping[str, TensorInfo]) -> Direction:
+    types = {tensors[part.name].dtype for weight in plan for part in weight.parts}
+    converted = manifest.iteration == "release" and short_name(types) == manifest.source_dtype
+    return "to_checkpoint" if converted else "to_model"
+
+
+def _trained(manifest: CheckpointManifest, checkpoint: Path, direction: Direction) -> str:
+    """Why a trained checkpoint differs from the model that it began as."""
+    if manifest.iteration == "release" or direction == "to_checkpoint":
+        return ""
+    return (
+        f". {checkpoint} was trained to iteration {manifest.iteration}: its weights are no longer those of the model "
+        "that it began as; give --model a folder that mflow export wrote from this checkpoint"
+    )
+
+
+def _rounded(direction: Direction, types: set[torch.dtype], stored: set[torch.dtype], model: Path) -> str | None:
+    """The type that the weights of what was given are rounded to before logits are computed; None for their own.
+
+    Raises:
+        ConfigError: the export rounded some tensors and not others.
+    """
+    if (name := short_name(types)) in SHORT:
+        return name
+    if direction == "to_model" and types != stored:
+        raise ConfigError(
+            f"{model} holds weights of several types, rounded from others; its logits cannot be compared: verify with "
+            "--level digest, or export with --dtype"
+        )
+    return None
+
+
+def _sentence(direction: Direction, manifest: CheckpointManifest) -> str:
+    if direction == "to_checkpoint":
+        return "the checkpoint, mapped back, with the Hugging Face model that it was converted from"
+    what = "the checkpoint" if manifest.iteration == "release" else f"iteration {manifest.iteration} of the training"
+    return f"the Hugging Face model with {what} that it was exported from"

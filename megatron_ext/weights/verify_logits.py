@@ -1,0 +1,242 @@
+"""Level logits: transformers and megatron-core must answer the same prompts with the same logits, weights in fp32.
+
+Each side runs in a process of its own, one after the other: megatron-core needs a prepared platform (on a CPU
+torch.cuda is redirected), transformers must not see it, and two models of 7B would not fit into memory at once.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from megatron_ext import errors
+from megatron_ext.config import RuntimeConfig
+from megatron_ext.errors import ConfigError, MegatronFlowsError, VerificationError, WorkerFailedError
+from megatron_ext.events import Events, Follower
+from megatron_ext.families.base import Architecture
+from megatron_ext.guard import OWNERS
+from megatron_ext.platforms.base import select
+from megatron_ext.training.plan import parameters
+from megatron_ext.weights.certificate import LogitsFigures
+from megatron_ext.weights.manifest import CheckpointManifest
+from megatron_ext.weights.prompts import Prompt, make_prompts
+from megatron_ext.weights.verify_digest import Direction
+from megatron_ext.worker import TERMINAL, Job
+
+TOLERANCE = 1e-4
+"""Largest difference that passes, relative to the largest logit."""
+NEAR_TIE = 1e-5
+"""Two logits nearer than this, relative to the largest logit, may change places."""
+FP32 = 4
+SPARE = 1.15
+"""Memory beside the weights: activations, logits, the libraries."""
+
+Side = Literal["transformers", "megatron-core"]
+SIDES: dict[Side, str] = {"transformers": "logits-transformers", "megatron-core": "logits-megatron"}
+"""Whose logits -> the worker's job that computes them."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A checkpoint and a Hugging Face folder; ``rounded`` is the type that the weights of what was given pass through
+    on their way to fp32, because what was made of them has it.
+    """
+
+    checkpoint: Path
+    model: Path
+    manifest: CheckpointManifest
+    direction: Direction
+    rounded: str | None
+
+
+def require_memory(architecture: Architecture, runtime: RuntimeConfig) -> None:
+    """Refuse what would run out of main memory; an accelerator's own is not looked at.
+
+    Raises:
+        ConfigError: names what is needed and what there is.
+    """
+    import psutil
+
+    if select(runtime.platform).name != "cpu":
+        return
+    needed, free = int(SPARE * FP32 * parameters(architecture)), psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"comparing logits needs {needed / 1e9:.1f} GB of memory (weights in fp32), and {free / 1e9:.1f} GB are "
+            "free; verify with digest, or on a larger machine"
+        )
+
+
+def compare_logits(pair: Pair, events: Events, runtime: RuntimeConfig) -> LogitsFigures:
+    """Compare the logits of both models on prompts that are always the same for one architecture.
+
+    Raises:
+        VerificationError: they differ by more than ``TOLERANCE``, or prefer different tokens outside near-ties;
+            names prompt and position, and the first layer whose output differs.
+        WorkerFailedError: a side could not be computed; ends with the last lines of its log.
+    """
+    architecture = pair.manifest.architecture
+    prompts = make_prompts(architecture, pair.model)
+    with tempfile.TemporaryDirectory(prefix="mflow-logits-") as scratch:
+        answers, device = _both(pair, prompts, Path(scratch), events, runtime, hidden=False)
+        verdict = _judge(prompts, answers)
+        if verdict.fault:
+            worst = [verdict.prompt]
+            layers, _ = _both(pair, worst, Path(scratch), events, runtime, hidden=True)
+            where = first_layer_that_differs(layers, architecture.num_layers)
+            raise VerificationError(f"{verdict.fault}; {where} ({pair.model} against {pair.checkpoint})")
+    return LogitsFigures(
+        prompts={prompt.name: tuple(prompt.tokens.shape) for prompt in prompts},
+        positions=sum(prompt.tokens.shape[0] * len(prompt.positions) for prompt in prompts),
+        max_difference=verdict.difference,
+        max_logit=verdict.largest,
+        tolerance=TOLERANCE * verdict.largest,
+        top1_differs=verdict.top1_differs,
+        window_size=architecture.window_size,
+        precision="fp32",
+        device=device,
+    )
+
+
+Answers = dict[Side, dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the comparison of all prompts came to; ``prompt`` is the one that differs most."""
+
+    prompt: Prompt
+    difference: float
+    largest: float
+    top1_differs: int
+    fault: str | None
+
+
+def _judge(prompts: list[Prompt], answers: Answers) -> Verdict:
+    theirs, ours = answers["transformers"], answers["megatron-core"]
+    largest = max(float(theirs[prompt.name].abs().max()) for prompt in prompts)
+    worst, difference, ties, fault = prompts[0], -1.0, 0, None
+    for prompt in prompts:
+        left = theirs[prompt.name]
+        right = ours[prompt.name][..., : left.shape[-1]]  # padding, and rows that the model does not have
+        gap = (left - right).abs()
+        most = float(gap.max())
+        if not most <= difference:  # a NaN is worse than anything
+            worst, difference = prompt, most
+            if not most <= TOLERANCE * largest:
+                fault = _sentence(prompt, left, right, TOLERANCE * largest)
+        changed = left.argmax(-1) != right.argmax(-1)
+        best = left.topk(2, -1).values
+        clear = changed & (best[..., 0] - best[..., 1] > NEAR_TIE * largest)
+        if fault is None and clear.any():
+            worst, fault = prompt, _preference(prompt, left, right, clear)
+        ties += int(changed.sum())
+    return Verdict(worst, difference, largest, ties, fault)
+
+
+def _sentence(prompt: Prompt, left: torch.Tensor, right: torch.Tensor, tolerance: float) -> str:
+    gap = (left - right).abs().nan_to_num(nan=torch.inf)
+    sequence, position, token = (int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+    values = float(left[sequence, position, token]), float(right[sequence, position, token])
+    return (
+        f"the logits differ by {abs(values[0] - values[1]):.3g}, and {tolerance:.2g} would pass: prompt "
+        f"{prompt.name!r}, position {prompt.positions[position]}, token {token}: {values[0]:.6g} by transformers, {values[1]:.6g} by "
+        "megatron-core"
+    )
+
+
+def _preference(prompt: Prompt, left: torch.Tensor, right: torch.Tensor, clear: torch.Tensor) -> str:
+    sequence, position = (int(i) for i in clear.nonzero()[0])
+    tokens = int(left[sequence, position].argmax()), int(right[sequence, position].argmax())
+    return (
+        f"the models prefer different tokens, and it is no near-tie: prompt {prompt.name!r}, position "
+        f"{prompt.positions[position]}: token {tokens[0]} by transformers, {tokens[1]} by megatron-core"
+    )
+
+
+def first_layer_that_differs(answers: Answers, num_layers: int) -> str:
+    """Sentence: the first place in the model where the outputs differ by more than the tolerance, and by how much."""
+    places = ["embedding"]
+    for layer in range(num_layers):
+        places += [f"attention of layer {layer}", f"layer {layer}"]
+    places.append("final norm")
+    theirs, ours = answers["transformers"], answers["megatron-core"]
+    for place in places:
+        left, right = theirs[place], ours[place]
+        most, largest = float((left - right).abs().max()), float(left.abs().max())
+        if not most <= TOLERANCE * largest:
+            return f"the first layer that differs: {place}, by {most:.3g} at most (largest value {largest:.3g})"
+    return "all layers agree up to the final norm: the output layer differs"
+
+
+def _both(
+    pair: Pair, prompts: list[Prompt], scratch: Path, events: Events, runtime: RuntimeConfig, *, hidden: bool
+) -> tuple[Answers, str]:
+    """Logits (or, ``hidden``, the outputs of all layers) by side, and the device that computed them."""
+    asked = scratch / "prompts.safetensors"
+    tensors = {f"{prompt.name}.tokens": prompt.tokens for prompt in prompts}
+    save_file(tensors | {f"{prompt.name}.positions": prompt.positions for prompt in prompts}, asked)
+    answers: Answers = {}
+    device = ""
+    for side, job in SIDES.items():
+        events.note(f"verifying: {side} computes {'the outputs of every layer' if hidden else 'logits'} in fp32")
+        given = "transformers" if pair.direction == "to_checkpoint" else "megatron-core"
+        out = scratch / job
+        out.mkdir(exist_ok=True)
+        summary = _in_worker(
+            Job(
+                job=job,
+                config={"hidden": hidden, "rounded": pair.rounded if side == given else None},
+                inputs={"model": str(pair.model), "checkpoint": str(pair.checkpoint), "prompts": str(asked)},
+                out=out,
+                events=out / "events.jsonl",
+                runtime=runtime,
+            )
+        )
+        device = summary["device"]
+        try:
+            answers[side] = load_file(out / "answers.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise WorkerFailedError(f"{side} answered with a file that cannot be read: {error}") from None
+    return answers, device
+
+
+def _in_worker(job: Job) -> dict[str, Any]:
+    """Run the job in a process that ends when this one does; its summary.
+
+    Raises:
+        MegatronFlowsError: what the job raised.
+        WorkerFailedError: it died.
+    """
+    job_file, log = job.out / "job.json", job.out / "log.txt"
+    job.events.unlink(missing_ok=True)
+    job_file.write_text(job.model_dump_json(), encoding="utf-8")
+    owners = ",".join(filter(None, [os.environ.get(OWNERS), str(os.getpid())]))
+    alone = ("RANK", "LOCAL_RANK", "WORLD_SIZE", TERMINAL)
+    environment = {name: value for name, value in os.environ.items() if name not in alone}
+    with log.open("wb") as output:
+        code = subprocess.run(
+            [sys.executable, "-m", "megatron_ext.worker", str(job_file)],
+            env=environment | {OWNERS: owners},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    last = {event["event"]: event for event in Follower(job.events).new()}
+    if "error" in last:
+        cause = getattr(errors, last["error"]["type"], MegatronFlowsError)
+        raise cause(last["error"]["message"])
+    if code or "result" not in last:
+        said = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
+        raise WorkerFailedError(f"{job.job} ended with exit code {code}; the last lines of its log:\n{said}")
+    return last["result"]
