@@ -171,3 +171,23 @@ def replace_folder(source: Path, target: Path) -> None:
         os.close(descriptor)
     if old is not None:
         shutil.rmtree(old)
+
+
+@contextmanager
+def emptied_on_failure(folder: Path) -> Iterator[None]:
+    """Start with an empty ``folder`` (a killed attempt may have left something) and leave none of it on an error."""
+    _empty(folder)
+    try:
+        with full_disk_named(folder):
+            yield
+    except BaseException:
+        _empty(folder)
+        raise
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -5,95 +5,101 @@ Run: ``mflow convert --model HF_DIR --out DIR [--dtype bf16|fp16|fp32]``.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_ext.config import UpcycleConfig, VerifyLevel, VocabInit, validated
 from megatron_ext.data.chat_templates import own_template
 from megatron_ext.errors import ConfigError, unknown
 from megatron_ext.events import Events
-from megatron_ext.families.base import Architecture, Weight
-from megatron_ext.folders import full_disk_named, require_space
+from megatron_ext.families.base import Weight
+from megatron_ext.folders import emptied_on_failure, require_space
 from megatron_ext.hf_folder import read_config, tokenizer_digest
-from megatron_ext.weights.hf import SHORT, SafetensorsReader, short_name
+from megatron_ext.weights.changes import ModelChanges, changes_of
+from megatron_ext.weights.hf import SHORT, short_name
 from megatron_ext.weights.manifest import (
     CheckpointManifest,
     iteration_folder,
     write_latest,
     write_manifest,
 )
-from megatron_ext.weights.planning import architecture_of, check_coverage, checkpoint_dtypes
-from megatron_ext.weights.streams import PIECE_BYTES, CheckpointWriter, gathered, row_blocks, stored_bytes
+from megatron_ext.weights.planning import checkpoint_dtypes
+from megatron_ext.weights.sources import Source, read_source
+from megatron_ext.weights.streams import PIECE_BYTES, CheckpointWriter, HFReader, gathered, row_blocks, stored_bytes
 from megatron_ext.weights.torch_dist import BLOB_OVERHEAD, TorchDistWriter
+from megatron_ext.weights.verify import check_level, gate
 
 
 def run(job: Any, events: Events) -> dict[str, Any]:
-    """The ``convert`` job: inputs ``model``; config ``dtype``."""
-    return convert(Path(job.inputs["model"]), job.out, dtype=job.config.get("dtype"), events=events)
+    """The ``convert`` job: inputs ``model``; config: fields of ``ModelConfig``."""
+    options = {key: value for key, value in job.config.items() if value is not None}
+    if "upcycle" in options:
+        options["upcycle"] = validated(UpcycleConfig, options["upcycle"], "model.upcycle")
+    return convert(Path(job.inputs["model"]), job.out, events=events, **{"dtype": None, "verify": "digest"} | options)
 
 
-def convert(model: Path, out: Path, *, dtype: str | None, events: Events) -> dict[str, Any]:
+def convert(
+    model: Path,
+    out: Path,
+    *,
+    dtype: str | None,
+    events: Events,
+    extra_vocab_size: int = 0,
+    extra_vocab_init: VocabInit = "mean",
+    upcycle: UpcycleConfig | None = None,
+    verify: VerifyLevel = "none",
+) -> dict[str, Any]:
     """Write the checkpoint folder of the Hugging Face model in ``model`` into the folder ``out``, cleared first.
 
     ``dtype`` is bf16, fp16, fp32, or None: then each tensor keeps its own. Everything that can be checked is checked
     before the first byte is written; on an error ``out`` is left empty.
+
+    ``extra_vocab_size`` rows are added to embedding and output layer, ``upcycle`` makes a mixture of experts of a dense
+    model; ``config.UpcycleConfig`` and ``config.ModelConfig`` say how. ``verify`` is what the checkpoint must pass.
 
     Raises:
         UnsupportedModelError: no family converts this config; names the key and what there is.
         SourceError: a file is missing, truncated or damaged; names it.
         WeightMappingError: a weight without a rule, a rule without a weight, a shape that contradicts config.json.
         DiskSpaceError: ``out`` lies on a disk without enough room.
+        VerificationError: what was written is not the same model; names tensor or layer.
     """
     if dtype is not None and dtype not in SHORT:
         raise ConfigError(unknown("dtype", dtype, SHORT))
-    config = read_config(model)
-    family, architecture = architecture_of(config)
-    source = SafetensorsReader(model)
-    hf_layout = family.layout_of(source.tensors)
-    plan = list(family.plan(architecture, hf_layout))
-    check_coverage(family, architecture, plan, source, model)
-    dtypes = checkpoint_dtypes(plan, source, dtype)
+    changes = changes_of(read_config(model), extra_vocab_size, extra_vocab_init, upcycle)
+    source = read_source(model, changes)
+    check_level(verify, source.architecture)
+    plan, reader = source.plan, source.reader
+    dtypes = checkpoint_dtypes(plan, reader, dtype)
     total = stored_bytes(plan, dtypes)
-    manifest = _manifest(model, config, architecture, plan, source, dtypes, keep_own=dtype is None, hf_layout=hf_layout)
+    manifest = _manifest(model, source, changes, dtypes, keep_own=dtype is None)
     with emptied_on_failure(out):
         require_space(out, total + BLOB_OVERHEAD * (6 * len(plan) + total // PIECE_BYTES), "the converted checkpoint")
-        writer = TorchDistWriter(iteration_folder(out, "release"), architecture)
-        _write_weights(writer, plan, source, dtypes, events, total)
+        writer = TorchDistWriter(iteration_folder(out, "release"), source.architecture)
+        _write_weights(writer, plan, reader, dtypes, events, total)
         write_manifest(out, manifest)
         write_latest(out, "release")
+        verified = gate(verify, checkpoint=out, model=model, made=out, events=events)
     parameters = sum(prod(shape) for shape in {w.key: w.shape for w in plan}.values())
-    return {"family": manifest.family, "parameters": parameters, "bytes": total, "dtype": manifest.dtype}
-
-
-@contextmanager
-def emptied_on_failure(folder: Path) -> Iterator[None]:
-    """Start with an empty ``folder`` (a killed attempt may have left something) and leave none of it on an error."""
-    _empty(folder)
-    try:
-        with full_disk_named(folder):
-            yield
-    except BaseException:
-        _empty(folder)
-        raise
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    return {
+        "family": manifest.family,
+        "parameters": parameters,
+        "bytes": total,
+        "dtype": manifest.dtype,
+        "vocab_size": manifest.vocab_size,
+        **({"upcycle": upcycle.model_dump()} if upcycle else {}),
+        **verified,
+    }
 
 
 def _write_weights(
     writer: CheckpointWriter,
     plan: list[Weight],
-    source: SafetensorsReader,
+    source: HFReader,
     dtypes: Mapping[str, torch.dtype],
     events: Events,
     total: int,
@@ -110,34 +116,27 @@ def _write_weights(
 
 
 def _manifest(
-    model: Path,
-    config: dict[str, Any],
-    architecture: Architecture,
-    plan: list[Weight],
-    source: SafetensorsReader,
-    dtypes: Mapping[str, torch.dtype],
-    *,
-    keep_own: bool,
-    hf_layout: str | None,
+    model: Path, source: Source, changes: ModelChanges | None, dtypes: Mapping[str, torch.dtype], *, keep_own: bool
 ) -> CheckpointManifest:
-    own = {part.name: source.tensors[part.name].dtype for weight in plan for part in weight.parts}
+    own = {part.name: source.reader.tensors[part.name].dtype for weight in source.plan for part in weight.parts}
     narrower = {
         part.name: short_name({own[part.name]})
-        for weight in plan
+        for weight in source.plan
         for part in weight.parts
         if own[part.name] != dtypes[weight.key]
     }
     source_dtype = short_name(set(own.values()))
     return CheckpointManifest(
-        family=config["model_type"],
-        architecture=architecture,
-        hf_config=config,
-        hf_layout=hf_layout,
+        family=source.config["model_type"],
+        architecture=source.architecture,
+        hf_config=source.config,
+        changes=changes,
+        hf_layout=source.layout,
         dtype=source_dtype if keep_own else short_name(set(dtypes.values())),
         source_dtype=source_dtype,
         weight_dtypes=narrower if keep_own else {},
-        vocab_size=architecture.vocab_size,
-        padded_vocab_size=architecture.vocab_size,
+        vocab_size=source.architecture.vocab_size,
+        padded_vocab_size=source.architecture.vocab_size,
         tokenizer_digest=tokenizer_digest(model),
         chat_template=own_template(model),
         iteration="release",

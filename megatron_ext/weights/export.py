@@ -14,30 +14,30 @@ from typing import Any
 
 import torch
 
-from megatron_ext.errors import CheckpointError, ConfigError, VocabularyError, WeightMappingError, unknown
+from megatron_ext.config import VerifyLevel
+from megatron_ext.errors import ConfigError, VocabularyError, unknown
 from megatron_ext.events import Events
+from megatron_ext.families import find_family
 from megatron_ext.families.base import Weight
-from megatron_ext.folders import require_space
+from megatron_ext.folders import emptied_on_failure, require_space
 from megatron_ext.hf_folder import read_config, tokenizer_digest
-from megatron_ext.weights.convert import emptied_on_failure
 from megatron_ext.weights.hf import CONFIG_NAMES, SHORT, SafetensorsWriter, TensorInfo, short_name
 from megatron_ext.weights.manifest import CheckpointManifest, latest_folder, read_manifest
-from megatron_ext.weights.planning import architecture_of, hf_shapes
+from megatron_ext.weights.planning import check_stored, hf_shapes
+from megatron_ext.weights.sources import descends
 from megatron_ext.weights.streams import CheckpointReader, bounded, row_bytes
 from megatron_ext.weights.torch_dist import TorchDistReader
+from megatron_ext.weights.verify import check_level, gate
 
-TRAINING_STATE = ("optimizer.", "chained_")
-"""Beginnings of the optimizer's keys in a resumable checkpoint of megatron-core."""
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 """Files that hold the source's weights in some format; the export holds its own."""
 
 
 def run(job: Any, events: Events) -> dict[str, Any]:
-    """The ``export`` job: inputs ``checkpoint`` and ``model``; config ``dtype``."""
-    inputs = job.inputs
-    return export(
-        Path(inputs["checkpoint"]), Path(inputs["model"]), job.out, dtype=job.config.get("dtype"), events=events
-    )
+    """The ``export`` job: inputs ``checkpoint`` and ``model``; config ``dtype`` and ``verify``."""
+    checkpoint, model, config = Path(job.inputs["checkpoint"]), Path(job.inputs["model"]), job.config
+    verify = config.get("verify", "digest")
+    return export(checkpoint, model, job.out, dtype=config.get("dtype"), events=events, verify=verify)
 
 
 def export(
@@ -48,40 +48,49 @@ def export(
     dtype: str | None,
     events: Events,
     max_shard_size: int = 5_000_000_000,
+    verify: VerifyLevel = "none",
 ) -> dict[str, Any]:
     """Write ``checkpoint`` as a Hugging Face folder into the folder ``out``, cleared first.
 
     ``model`` is the Hugging Face folder that the checkpoint descends from: its config.json, generation config and
     tokenizer files are copied byte for byte; if the type of the weights changed, exactly that key of config.json does.
+    Where the conversion made another model of it (extra vocabulary, upcycling), config.json is that model's.
     ``dtype`` is bf16, fp16, fp32, or None: then each tensor keeps the checkpoint's. ``max_shard_size`` is in bytes.
+    ``verify`` is what the exported folder must pass.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged, or of another model than ``model``; names the field.
         VocabularyError: the checkpoint was made with another tokenizer.
         WeightMappingError: a weight without a rule, or a rule without a weight.
         DiskSpaceError: ``out`` lies on a disk without enough room.
+        VerificationError: what was written is not the same model; names tensor or layer.
     """
     if dtype is not None and dtype not in SHORT:
         raise ConfigError(unknown("dtype", dtype, SHORT))
     manifest = read_manifest(checkpoint)
+    check_level(verify, manifest.architecture)
     config = read_config(model)
     plan = checked_plan(manifest, checkpoint, model, config)
     source = TorchDistReader(latest_folder(checkpoint))
-    check_coverage(plan, source, checkpoint)
+    check_stored(plan, source, checkpoint)
     tensors = planned_tensors(plan, source, manifest, dtype)
     total = sum(info.nbytes for info in tensors.values())
     with emptied_on_failure(out):
         require_space(out, total + (64 << 20), "the exported model")
         _write_weights(out, plan, source, tensors, max_shard_size, events, total)
         copied = copy_companions(model, out)
+        if descends(manifest, config, checkpoint, model):
+            write_json(out / "config.json", manifest.hf_config)
         exported_dtypes = {info.dtype for info in tensors.values()}
         _write_config(out / "config.json", exported_dtypes, manifest.source_dtype)
+        verified = gate(verify, checkpoint=checkpoint, model=out, made=out, events=events)
     return {
         "family": manifest.family,
         "iteration": manifest.iteration,
         "bytes": total,
         "dtype": short_name(exported_dtypes),
         "copied": copied,
+        **verified,
     }
 
 
@@ -94,50 +103,14 @@ def checked_plan(
         CheckpointError: the checkpoint is of another model than ``model``; names the field.
         VocabularyError: the checkpoint was made with another tokenizer.
     """
-    family, architecture = architecture_of(config)
-    if manifest.family != config["model_type"]:
-        raise CheckpointError(
-            f"{checkpoint} is of family {manifest.family}, but {model} has model_type {config['model_type']}; "
-            "give --model the folder that was converted"
-        )
-    theirs = architecture.model_dump()
-    for field, value in manifest.architecture.model_dump().items():
-        if theirs[field] != value:
-            raise CheckpointError(
-                f"{checkpoint} has {field} {value}, but config.json of {model} says {theirs[field]}; "
-                "give --model the folder that was converted"
-            )
+    descends(manifest, config, checkpoint, model)
     if tokenizer_digest(model) != manifest.tokenizer_digest:
         raise VocabularyError(
             f"the tokenizer files of {model} are not those that {checkpoint} was converted with "
             f"(digest {tokenizer_digest(model)}, not {manifest.tokenizer_digest}); "
             "give --model the folder that was converted"
         )
-    return list(family.plan(architecture, hf_layout or manifest.hf_layout))
-
-
-def check_coverage(plan: list[Weight], source: CheckpointReader, checkpoint: Path) -> None:
-    """Every tensor of the checkpoint has a rule, every rule its tensor in the expected shape.
-
-    Raises:
-        WeightMappingError: names the first that has not.
-        CheckpointError: a shape contradicts the manifest; only an embedding may have more rows, as padding.
-    """
-    expected = {weight.key: weight for weight in plan}
-    stored = {key: shape for key, shape in source.shapes.items() if not key.startswith(TRAINING_STATE)}
-    if missing := [key for key in expected if key not in stored]:
-        raise WeightMappingError(f"{checkpoint} has no tensor {missing[0]} ({len(missing)} missing), that a rule needs")
-    if surplus := sorted(set(stored) - set(expected)):
-        raise WeightMappingError(
-            f"no rule exports {surplus[0]} of {checkpoint} ({len(surplus)} such tensors); "
-            "add a rule in megatron_ext/families/"
-        )
-    for key, weight in expected.items():
-        rows = slice(1, None) if weight.padded_vocabulary and stored[key][0] >= weight.shape[0] else slice(None)
-        if stored[key][rows] != weight.shape[rows]:
-            raise CheckpointError(
-                f"{key} of {checkpoint} has shape {list(stored[key])}, but its manifest implies {list(weight.shape)}"
-            )
+    return list(find_family(manifest.family).plan(manifest.architecture, hf_layout or manifest.hf_layout))
 
 
 def planned_tensors(
@@ -201,4 +174,9 @@ def _write_config(path: Path, dtypes: set[torch.dtype], source_dtype: str) -> No
     name = CONFIG_NAMES[next(iter(dtypes))]
     changed = {key: name for key in ("dtype", "torch_dtype") if config.get(key) not in (None, name)}
     if changed:
-        path.write_text(json.dumps(config | changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, config | changed)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """``values`` as Hugging Face writes a config.json."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

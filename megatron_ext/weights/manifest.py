@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from megatron_ext.config import Section
 from megatron_ext.errors import CheckpointError
 from megatron_ext.families.base import Architecture
+from megatron_ext.weights.changes import ModelChanges
 
 MANIFEST = "manifest.json"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -31,7 +32,8 @@ class CheckpointManifest(Section):
     layout: Literal["torch_dist"] = "torch_dist"
     family: str = Field(description="model_type of Hugging Face")
     architecture: Architecture
-    hf_config: dict[str, Any] = Field(description="config.json of the source")
+    hf_config: dict[str, Any] = Field(description="config.json of the model that the checkpoint holds")
+    changes: ModelChanges | None = Field(default=None, description="what made another model of the source")
     hf_layout: str | None = Field(
         default=None, description="how the source names its weights, if its family has several"
     )

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 
-from megatron_ext.errors import SourceError, WeightMappingError
+from megatron_ext.errors import CheckpointError, SourceError, WeightMappingError
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture, ModelFamily, Weight
 from megatron_ext.families.hf_config import read_architecture
 from megatron_ext.weights.hf import SHORT, SafetensorsReader
+from megatron_ext.weights.streams import CheckpointReader
+
+TRAINING_STATE = ("optimizer.", "chained_")
+"""Beginnings of the optimizer's keys in a resumable checkpoint of megatron-core."""
 
 
 def architecture_of(config: Mapping[str, Any]) -> tuple[ModelFamily, Architecture]:
@@ -62,6 +66,30 @@ def check_coverage(
         if source.tensors[name].shape != shape:
             raise WeightMappingError(
                 f"{name} of {model} has shape {list(source.tensors[name].shape)}, but config.json implies {list(shape)}"
+            )
+
+
+def check_stored(plan: list[Weight], source: CheckpointReader, checkpoint: Path) -> None:
+    """Every tensor of the checkpoint has a rule, every rule its tensor in the expected shape.
+
+    Raises:
+        WeightMappingError: names the first that has not.
+        CheckpointError: a shape contradicts the manifest; only an embedding may have more rows, as padding.
+    """
+    expected = {weight.key: weight for weight in plan}
+    stored = {key: shape for key, shape in source.shapes.items() if not key.startswith(TRAINING_STATE)}
+    if missing := [key for key in expected if key not in stored]:
+        raise WeightMappingError(f"{checkpoint} has no tensor {missing[0]} ({len(missing)} missing), that a rule needs")
+    if surplus := sorted(set(stored) - set(expected)):
+        raise WeightMappingError(
+            f"no rule exports {surplus[0]} of {checkpoint} ({len(surplus)} such tensors); "
+            "add a rule in megatron_ext/families/"
+        )
+    for key, weight in expected.items():
+        rows = slice(1, None) if weight.padded_vocabulary and stored[key][0] >= weight.shape[0] else slice(None)
+        if stored[key][rows] != weight.shape[rows]:
+            raise CheckpointError(
+                f"{key} of {checkpoint} has shape {list(stored[key])}, but its manifest implies {list(weight.shape)}"
             )
 
 

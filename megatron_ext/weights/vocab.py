@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.config import VocabInit
@@ -42,6 +43,7 @@ class ExtendedVocabulary:
         self._source, self._names, self._init = source, names, init
         self._rows_of = {name: source.tensors[name].shape[0] for name in names}
         self._columns: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._lock = Lock()
         self.tensors = dict(source.tensors)
         for name in names:
             info = source.tensors[name]
@@ -67,7 +69,10 @@ class ExtendedVocabulary:
         dtype, width = self.tensors[part.name].dtype, self.tensors[part.name].shape[1]
         if self._init == "zeros":
             return torch.zeros(count, width, dtype=dtype)
-        mean, deviation = self._statistics(part)
+        with self._lock:
+            mean, deviation = self._columns.get(part.name) or self._columns.setdefault(
+                part.name, self._statistics(part)
+            )
         if self._init == "mean":
             return mean.to(dtype).repeat(count, 1)
         drawn = NormalRows(SEED, part.name, width).rows(start, count)
@@ -75,8 +80,6 @@ class ExtendedVocabulary:
 
     def _statistics(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         """(H,) mean and standard deviation of the V old rows, fp32, summed up in fp64 block by block."""
-        if part.name in self._columns:
-            return self._columns[part.name]
         import torch
 
         old, width = self._rows_of[part.name], self.tensors[part.name].shape[1]
@@ -88,5 +91,4 @@ class ExtendedVocabulary:
             squares += block.square().sum(0)
         mean = total / old
         deviation = (squares / old - mean.square()).clamp(min=0).sqrt()
-        self._columns[part.name] = mean.float(), deviation.float()
-        return self._columns[part.name]
+        return mean.float(), deviation.float()
