@@ -1,10 +1,13 @@
-"""Core attention on ``scaled_dot_product_attention``, for layers without Transformer Engine: causal, GQA, packed.
+"""Core attention on ``scaled_dot_product_attention``, for layers without Transformer Engine.
 
-Legend: T tokens of a micro batch, B batch, A query heads and G query groups on this rank, D head_dim, N segments.
+It is causal, with grouped queries, a sliding window and packed segments, and never holds a (T, T) mask.
+Legend: T tokens of a micro batch, B batch, A query heads and G query groups on this rank, D head_dim, N segments,
+W tokens of the window.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 
 WASTE = 0.25
 """Segments share one attention call while padding them to the longest wastes less than this part of its area."""
@@ -122,6 +126,8 @@ class SDPACoreAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
 
     def forward(
         self,
@@ -147,19 +153,44 @@ class SDPACoreAttention(MegatronModule):
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """query (B, A, T, D), key and value (B, G, T, D) -> (B, A, T, D)."""
+        if self.window is None or query.size(2) <= self.window:
+            return self._sdpa(query, key, value, is_causal=True, enable_gqa=key.size(1) != query.size(1))
+        return self._attend_in_window(query, key, value, self.window)
+
+    def _attend_in_window(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int
+    ) -> torch.Tensor:
+        """The first W queries see all before them. The others go in blocks, each with the W keys before the block.
+
+        The queries of a group stand in one row after the other, so that no key head is copied for its query heads.
+        """
+        (batch, heads, length, size), groups = query.shape, key.size(1)
+        block = min(length - window, math.ceil(window / 2))
+        count = math.ceil((length - window) / block)
+        padding = (0, 0, 0, count * block - (length - window))
+        first = self._sdpa(
+            *(x[:, :, :window] for x in (query, key, value)), is_causal=True, enable_gqa=groups != heads
+        )  # fmt: skip
+        rows = F.pad(query[:, :, window:], padding).view(batch, groups, -1, count, block, size)
+        rows = rows.permute(0, 3, 1, 2, 4, 5).reshape(batch * count, groups, -1, size)
+        seen = torch.ones(block, window + block, dtype=torch.bool, device=query.device).triu(1).tril(window)
+        keys, values = (_blocks(F.pad(x, padding), window + block, block) for x in (key, value))
+        mixed = self._sdpa(rows, keys, values, attn_mask=seen.repeat(heads // groups, 1))
+        mixed = mixed.view(batch, count, groups, -1, block, size).permute(0, 2, 3, 1, 4, 5)
+        return torch.cat((first, mixed.reshape(batch, heads, -1, size)[:, :, : length - window]), dim=2)
+
+    def _sdpa(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **mask: Any) -> torch.Tensor:
         dropout = self.dropout if self.training else 0.0
-
-        def attend() -> torch.Tensor:
-            return F.scaled_dot_product_attention(
-                query, key, value, dropout_p=dropout, is_causal=True, scale=self.scale,
-                enable_gqa=key.size(1) != query.size(1),
-            )  # fmt: skip
-
         if dropout == 0.0:
-            return attend()
+            return F.scaled_dot_product_attention(query, key, value, scale=self.scale, **mask)
         with get_cuda_rng_tracker().fork():  # heads differ between tensor-parallel ranks, so must their dropout
-            return attend()
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale, **mask)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """It has no weights."""
         return {}
+
+
+def _blocks(heads: torch.Tensor, size: int, step: int) -> torch.Tensor:
+    """(B, G, T, D) -> (B·blocks, G, size, D): overlapping blocks of tokens, each ``step`` after the one before."""
+    return heads.unfold(2, size, step).permute(0, 2, 1, 4, 3).flatten(0, 1)
