@@ -1,7 +1,8 @@
 """Micro batches: several sequences of a step laid one after the other in a single row of tokens.
 
-Legend: T tokens of the row. Every sample is a segment of its own, so neither packing nor the micro batch size
-changes what is computed for it.
+Legend: T places of the row. Every sample is a segment of its own, so neither packing nor the micro batch size
+changes what is computed for it. A segment ends with padding up to a multiple of ``pack_alignment``: no token of the
+sample looks at what comes after it, and no label is there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_ext.data.idxmap import Idxmap
+from megatron_ext.data.datasets import open_dataset
+from megatron_ext.data.packing import aligned
+from megatron_ext.data.samples import Samples
 from megatron_ext.model.attention import packed_segments
 from megatron_ext.training.plan import Plan
 
@@ -34,7 +37,7 @@ class Batches:
     """Micro batches of a plan for one data-parallel rank; ``step(n)`` needs no history.
 
     Args:
-        multiple: rows are padded to a multiple of this many tokens, as a segment of their own that trains nothing.
+        multiple: rows are padded to a multiple of this many places, as a segment of their own that trains nothing.
         fused: for Transformer Engine, which takes segment bounds (``thd``); else the index tables of SDPA attention.
     """
 
@@ -42,7 +45,7 @@ class Batches:
         self, plan: Plan, dataset: Path, *, micro_batch_size: int, rank: int, ranks: int, multiple: int, fused: bool
     ) -> None:
         self.plan, self.multiple, self.fused = plan, multiple, fused
-        self.tokens, self.mask = Idxmap(dataset / "tokens"), Idxmap(dataset / "loss_mask")
+        self.samples = Samples(open_dataset(dataset), plan.stream)
         share = plan.global_batch_size // ranks
         self.mine = slice(rank * share, (rank + 1) * share)
         self.micro_batch_size, self.count = micro_batch_size, share // micro_batch_size
@@ -55,17 +58,17 @@ class Batches:
 
     def _batch(self, samples: np.ndarray) -> Batch:
         device = torch.cuda.current_device()
-        lengths = self.plan.lengths[samples].tolist()
-        documents = self.plan.documents[samples].tolist()
-        tokens = [self.tokens[d][:n] for d, n in zip(documents, lengths, strict=True)]
-        masks = [self.mask[d][:n] for d, n in zip(documents, lengths, strict=True)]
-        segments = [n - 1 for n in lengths]
-        padding = -sum(segments) % self.multiple
-        filler = [np.zeros(padding + 1, dtype=np.uint8)] if padding else []
-        segments += [padding] if padding else []
-        inputs = np.concatenate([t[:-1] for t in [*tokens, *filler]]).astype(np.int64)
-        labels = np.concatenate([t[1:] for t in [*tokens, *filler]]).astype(np.int64)
-        trained = np.concatenate([m[1:] for m in [*masks, *filler]]).astype(bool)
+        lengths = self.plan.lengths[samples]
+        places = aligned(lengths - 1, self.plan.alignment).tolist()
+        padding = -sum(places) % self.multiple
+        segments = [*places, padding] if padding else places
+        inputs, labels = np.zeros((2, sum(segments)), dtype=np.int64)
+        trained = np.zeros(len(inputs), dtype=bool)
+        at = 0
+        for number, length, room in zip(self.plan.documents[samples].tolist(), lengths.tolist(), places, strict=True):
+            sample, end = self.samples.read(number, length), at + length - 1
+            inputs[at:end], labels[at:end], trained[at:end] = sample.tokens[:-1], sample.tokens[1:], sample.trained[1:]
+            at += room
         positions = np.concatenate([np.arange(n) for n in segments])
         return Batch(
             tokens=torch.from_numpy(inputs)[None].to(device),

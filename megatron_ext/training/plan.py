@@ -5,19 +5,20 @@ The flow, ``mflow explain`` and every rank compute the same plan from the same f
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_ext.config import RuntimeConfig, TrainConfig
-from megatron_ext.data.idxmap import Idxmap
-from megatron_ext.data.packing import Packing, pack, separate, shuffled
-from megatron_ext.errors import ConfigError, DatasetFormatError, ParallelismError, SourceError, VocabularyError
+from megatron_ext.data.blends import sample_order
+from megatron_ext.data.datasets import open_dataset
+from megatron_ext.data.packing import Packing
+from megatron_ext.data.samples import TextStream
+from megatron_ext.data.selection import Choice, Part, Selection, select
+from megatron_ext.errors import ConfigError, DatasetFormatError, ParallelismError, VocabularyError
 from megatron_ext.families.base import Architecture
 from megatron_ext.weights.manifest import CheckpointManifest
 
@@ -106,9 +107,10 @@ def check_vocabulary(checkpoint: CheckpointManifest, dataset: dict[str, Any], pl
     Raises:
         VocabularyError: another tokenizer, or an id beyond the embedding.
     """
-    if dataset["tokenizer_digest"] != checkpoint.tokenizer_digest:
+    made_by = dataset.get("tokenizer_digest")
+    if made_by is not None and made_by != checkpoint.tokenizer_digest:  # a Megatron-LM pair does not say
         raise VocabularyError(
-            f"dataset {place} was made with tokenizer {dataset['tokenizer_digest'][:12]}, the checkpoint belongs to "
+            f"dataset {place} was made with tokenizer {made_by[:12]}, the checkpoint belongs to "
             f"{checkpoint.tokenizer_digest[:12]}; run mflow tokenize with the tokenizer of this model"
         )
     if dataset["max_token_id"] >= checkpoint.vocab_size:
@@ -119,26 +121,18 @@ def check_vocabulary(checkpoint: CheckpointManifest, dataset: dict[str, Any], pl
 
 
 def read_dataset_manifest(dataset: Path) -> dict[str, Any]:
-    """manifest.json of a chat dataset.
+    """What is known of a chat or text dataset: its manifest; of a Megatron-LM pair, its largest id, found by reading.
 
     Raises:
         SourceError: no dataset there.
-        DatasetFormatError: it is not a chat dataset, which supervised fine-tuning needs.
+        DatasetFormatError: it holds pairs, which supervised fine-tuning cannot read.
     """
-    path = dataset / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(f"{dataset} has no manifest.json; give a folder that mflow tokenize wrote") from None
-    except ValueError as error:
-        raise SourceError(f"{path} is not valid JSON: {error}; write the dataset again") from None
-    if manifest.get("format") != "megatron-flows/dataset":
-        raise SourceError(f"{path} is not the manifest of a dataset; give a folder that mflow tokenize wrote")
-    if manifest.get("kind") != "chat":
+    found = open_dataset(dataset)
+    if found.kind == "preference":
         raise DatasetFormatError(
-            f"dataset {dataset} is of kind {manifest.get('kind')!r}; training needs a chat dataset"
+            f"dataset {dataset} is of kind 'preference'; supervised fine-tuning needs a chat or text dataset"
         )
-    return manifest
+    return {**found.facts, "max_token_id": found.max_token_id()}
 
 
 @dataclass(frozen=True)
@@ -146,30 +140,42 @@ class Plan:
     """Which samples each step trains on: a pure function of dataset, configuration and step.
 
     Attributes:
-        documents: (N,) numbers in the dataset of the samples that are trained on.
-        lengths: (N,) tokens of each that are kept.
-        packing: which of those N share a sequence.
+        selection: samples and the sequences that they share.
         iterations: optimizer steps.
-        truncated, dropped_overlong, dropped_untrained: samples cut to seq_length, left out because they were longer,
-            and left out because no trained token was (left) in them.
+        alignment: each sample takes a multiple of this many places in its sequence.
     """
 
-    documents: np.ndarray
-    lengths: np.ndarray
-    packing: Packing
+    selection: Selection
     global_batch_size: int
     iterations: int
     seed: int
-    truncated: int
-    dropped_overlong: int
-    dropped_untrained: int
+    alignment: int
+
+    @property
+    def documents(self) -> np.ndarray:
+        """(N,) numbers of the samples: documents of the dataset; of text, windows of ``seq_length + 1`` tokens."""
+        return self.selection.documents
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens of each sample that are kept; the last is only a label."""
+        return self.selection.lengths
+
+    @property
+    def packing(self) -> Packing:
+        """Which of the N samples share a sequence."""
+        return self.selection.packing
+
+    @property
+    def stream(self) -> TextStream | None:
+        """Of text, the documents laid one after the other."""
+        return self.selection.stream
 
     def sequences(self, step: int) -> np.ndarray:
         """(global_batch_size,) numbers of the sequences of optimizer step ``step``, counted from 0."""
-        count = len(self.packing)
-        wanted = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
-        orders = {epoch: _order(count, self.seed, epoch) for epoch in {int(e) for e in wanted // count}}
-        return np.asarray([orders[n // count][n % count] for n in wanted.tolist()], dtype=np.int64)
+        first, size = self.selection.sequences, self.global_batch_size
+        which, within = sample_order(np.diff(first), self.selection.weights, size, self.seed, start=step * size)
+        return first[which] + within
 
     def samples(self, sequence: int) -> np.ndarray:
         """Positions in ``documents`` of the samples in one sequence."""
@@ -181,81 +187,53 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """What a person wants to know about the plan; JSON-able."""
+        found = self.selection
         return {
             "samples": len(self.documents),
             "sequences": len(self.packing),
-            "truncated": self.truncated,
-            "dropped_overlong": self.dropped_overlong,
-            "dropped_untrained": self.dropped_untrained,
+            "truncated": found.truncated,
+            "dropped_overlong": found.dropped_overlong,
+            "dropped_untrained": found.dropped_untrained,
+            "held_out": found.held_out,
             "fill": round(self.packing.fill, 4),
             "iterations": self.iterations,
             "epochs": round(self.iterations * self.global_batch_size / len(self.packing), 3),
         }
 
 
-@lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return shuffled(count, seed * 1_000_003 + epoch)
-
-
-def make_plan(train: TrainConfig, dataset: Path, max_position_embeddings: int | None = None) -> Plan:
+def make_plan(
+    train: TrainConfig, dataset: Path, max_position_embeddings: int | None = None, part: Part = "train"
+) -> Plan:
     """Decide the samples, sequences and steps of ``train`` on ``dataset``.
+
+    Args:
+        part: ``validation`` plans one pass over the documents that ``train.validation_fraction`` holds out.
 
     Raises:
         DatasetFormatError: no sample is left to train on.
         ConfigError: the schedule does not fit the number of steps, or a sample is longer than the model's context.
     """
-    tokens, mask = Idxmap(dataset / "tokens"), Idxmap(dataset / "loss_mask")
-    if not np.array_equal(tokens.lengths, mask.lengths):
-        raise SourceError(f"{dataset}: tokens and loss_mask differ in their lengths; write the dataset again")
-    lengths = np.asarray(tokens.lengths, dtype=np.int64)
-    long = lengths > train.seq_length
-    kept = np.minimum(lengths, train.seq_length)
-    trained = _trained_tokens(mask, kept) > 0
-    chosen = trained & ~long if train.overlong == "drop" else trained
-    documents = np.flatnonzero(chosen)
-    if len(documents) == 0:
-        raise DatasetFormatError(
-            f"dataset {dataset}: none of {len(lengths)} samples has a trained token within train.seq_length "
-            f"{train.seq_length}; raise it or look at the data with mflow inspect"
-        )
-    kept = kept[documents]
-    if max_position_embeddings is not None and kept.max() > max_position_embeddings:
+    found = select(open_dataset(dataset), Choice.of(train, part))
+    if max_position_embeddings is not None and (longest := _longest(found)) > max_position_embeddings:
         raise ConfigError(
-            f"train.seq_length {train.seq_length} lets samples of {kept.max()} tokens through, but the model knows "
+            f"train.seq_length {train.seq_length} lets samples of {longest} tokens through, but the model knows "
             f"{max_position_embeddings} positions; lower train.seq_length to {max_position_embeddings}"
         )
-    packing = (pack if train.packing else separate)(kept, train.seq_length, train.seed)
-    iterations = _iterations(train, len(packing))
-    check_schedule(train, iterations)
-    drop = train.overlong == "drop"
-    return Plan(
-        documents=documents,
-        lengths=kept,
-        packing=packing,
-        global_batch_size=train.global_batch_size,
-        iterations=iterations,
-        seed=train.seed,
-        truncated=0 if drop else int((long & trained).sum()),
-        dropped_overlong=int(long.sum()) if drop else 0,
-        dropped_untrained=int((~trained & ~long).sum() if drop else (~trained).sum()),
-    )
+    if part == "validation":
+        iterations = math.ceil(len(found.packing) / train.global_batch_size)
+    else:
+        iterations = _iterations(train, len(found.packing))
+        check_schedule(train, iterations)
+    return Plan(found, train.global_batch_size, iterations, train.seed, train.pack_alignment)
+
+
+def _longest(found: Selection) -> int:
+    return found.packing.seq_length if found.stream is not None else int(found.lengths.max())
 
 
 def planned_iterations(train: TrainConfig, dataset: Path) -> int:
     """Optimizer steps of ``train`` on the dataset folder ``dataset``. Raises as ``make_plan``."""
     return iterations_without_data(train) or make_plan(train, dataset).iterations
-
-
-def _trained_tokens(mask: Idxmap, kept: np.ndarray) -> np.ndarray:
-    """(N,) trained tokens among the first ``kept`` tokens of each document; the first token has no predecessor."""
-    starts = mask.starts + 1
-    bounds = np.stack([starts, np.maximum(mask.starts + kept, starts)], axis=1).ravel()
-    bounds = bounds[: np.searchsorted(bounds, len(mask.values))]  # what starts at the end of the file is empty
-    sums = np.zeros(len(kept), dtype=np.int64)
-    counted = np.add.reduceat(mask.values, bounds, dtype=np.int64)[::2]
-    sums[: len(counted)] = counted
-    return np.where(kept > 1, sums, 0)
 
 
 def iterations_without_data(train: TrainConfig) -> int | None:

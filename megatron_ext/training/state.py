@@ -11,6 +11,7 @@ import xxhash
 from pydantic import Field
 
 from megatron_ext.config import RuntimeConfig, Section, TrainConfig
+from megatron_ext.data.datasets import open_dataset
 from megatron_ext.errors import OutputExistsError
 from megatron_ext.weights.manifest import LATEST, MANIFEST, latest_folder, read_latest, read_manifest
 
@@ -30,11 +31,12 @@ class RunState(Section):
 def training_digest(train: TrainConfig, checkpoint: Path, dataset: Path) -> str:
     """xxh3-128 of everything that decides the result. Large files count by size and their first MiB."""
     hasher = xxhash.xxh3_128(json.dumps(train.model_dump(), sort_keys=True).encode())
-    for folder in (checkpoint, latest_folder(checkpoint), dataset):
-        for path in sorted(p for p in folder.iterdir() if p.is_file()):
-            hasher.update(f"{path.name}:{path.stat().st_size};".encode())
-            with path.open("rb") as file:
-                hasher.update(file.read(SAMPLE))
+    folders = (checkpoint, latest_folder(checkpoint))
+    files = [path for folder in folders for path in sorted(p for p in folder.iterdir() if p.is_file())]
+    for path in [*files, *open_dataset(dataset).files]:
+        hasher.update(f"{path.name}:{path.stat().st_size};".encode())
+        with path.open("rb") as file:
+            hasher.update(file.read(SAMPLE))
     return hasher.hexdigest()
 
 

@@ -27,6 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "MFLOW_ARTIFACTS": str(folder / "store"),
+        "MFLOW_CACHE": str(folder / "cache"),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
     site = Site(folder, folder / "store", kept | settings, api)

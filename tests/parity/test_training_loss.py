@@ -23,9 +23,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_on_all(base: Path, name: str, packing: bool) -> Path:
+def train_on_all(base: Path, name: str, packing: bool, alignment: int = 16) -> Path:
     """Three steps, each on every sample of the dataset once."""
     settings = {"packing": packing, "seq_length": 64, "train_iters": 3, "lr_warmup_iters": 0}
+    settings |= {"pack_alignment": alignment}
     plan = make_plan(TrainConfig(**settings, global_batch_size=1, lr=1e-3), base / "data")
     settings["global_batch_size"] = len(plan.packing)
     run(write_job(base / name, base / "base" / "checkpoint", base / "data", settings))
@@ -53,7 +54,7 @@ def transformers_loss(base: Path) -> float:
 
 
 def test_loss_of_masked_labels_equals_transformers_and_packing_changes_nothing(base: Path) -> None:
-    packed, separate = train_on_all(base, "packed", True), train_on_all(base, "separate", False)
+    packed, separate = train_on_all(base, "packed", True, 1), train_on_all(base, "separate", False, 1)
     assert column(packed, "loss")[0] == pytest.approx(transformers_loss(base), abs=1e-5)
     assert column(packed, "loss") == pytest.approx(column(separate, "loss"), abs=1e-6)
     assert column(packed, "grad_norm") == pytest.approx(column(separate, "grad_norm"), rel=1e-6)
@@ -61,6 +62,16 @@ def test_loss_of_masked_labels_equals_transformers_and_packing_changes_nothing(b
         assert column(packed, name) == column(separate, name)
     assert [sorted(r["sample_ids"]) for r in records(packed)] == [sorted(r["sample_ids"]) for r in records(separate)]
     assert column(packed, "padding")[0] < 0.2 < 0.5 < column(separate, "padding")[0]
+
+
+def test_alignment_moves_samples_apart_and_changes_nothing(base: Path) -> None:
+    tight, loose = train_on_all(base, "tight", True, 1), train_on_all(base, "loose", True, 16)
+    assert len(records(loose)[0]["sample_ids"]) == len(records(tight)[0]["sample_ids"])
+    assert column(loose, "padding")[0] > column(tight, "padding")[0]
+    for name, close in (("loss", 1e-6), ("grad_norm", 1e-6)):
+        assert column(loose, name) == pytest.approx(column(tight, name), rel=close)
+    for name in ("tokens", "trained_tokens"):
+        assert column(loose, name) == column(tight, name)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training_and_names_step_samples_and_checkpoint(base: Path) -> None:

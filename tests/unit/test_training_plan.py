@@ -131,7 +131,8 @@ def test_overlong_and_untrained_samples_are_counted(
     plan = make_plan(config(overlong=overlong), dataset(tmp_path / "data", masks))
     assert plan.documents.tolist() == documents
     assert plan.lengths.max() == 32
-    assert (plan.truncated, plan.dropped_overlong, plan.dropped_untrained) == (truncated, dropped, untrained)
+    found = plan.selection
+    assert (found.truncated, found.dropped_overlong, found.dropped_untrained) == (truncated, dropped, untrained)
     assert plan.summary()["samples"] == len(documents)
 
 
@@ -191,7 +192,7 @@ def test_parameters_are_counted_as_transformers_counts_them() -> None:
     [
         ({"tokenizer_digest": "cd" * 16}, {}, "VocabularyError", "mflow tokenize with the tokenizer of this model"),
         ({"max_token_id": 512}, {}, "VocabularyError", "token id 512, but the model has 512"),
-        ({"kind": "text"}, {}, "DatasetFormatError", "'text'"),
+        ({"kind": "preference"}, {}, "DatasetFormatError", "'preference'"),
         ({}, {"nproc_per_node": 3}, "ParallelismError", "data-parallel size 3"),
     ],
 )

@@ -1,0 +1,197 @@
+"""Which samples of a dataset are trained on, how long each is, and which share a sequence: decided once, and cached.
+
+The launcher makes it before any rank starts, and every rank maps the same files, so nobody waits in a collective while
+lengths, masks and hashes of a large dataset are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import xxhash
+
+from megatron_ext.cache import kept_arrays
+from megatron_ext.config import Section, TrainConfig
+from megatron_ext.data import splits
+from megatron_ext.data.datasets import Dataset, Pool, open_dataset
+from megatron_ext.data.packing import Packing, pack, separate
+from megatron_ext.data.samples import TextStream, text_stream, trained_labels
+from megatron_ext.errors import DatasetFormatError
+
+VERSION = 1
+"""Of what is cached; another one makes it anew."""
+Part = Literal["train", "validation"]
+Arrays = dict[str, np.ndarray]
+
+
+class Choice(Section):
+    """Everything besides the data that a selection depends on; fields as in ``TrainConfig``."""
+
+    seq_length: int
+    seed: int
+    packing: bool = True
+    pack_alignment: int = 16
+    overlong: Literal["truncate", "drop"] = "truncate"
+    validation_fraction: float = 0.0
+    part: Part = "train"
+
+    @classmethod
+    def of(cls, train: TrainConfig, part: Part = "train") -> Choice:
+        """The choice that a training makes."""
+        return cls(**train.model_dump(include=set(cls.model_fields) - {"part"}), part=part)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Samples and the sequences that they share.
+
+    Attributes:
+        documents: (N,) numbers of the samples: documents of the dataset, or windows of ``stream``.
+        lengths: (N,) tokens of each that are kept, the last of them only a label.
+        packing: which of those N share a sequence; counts inputs, so each sample's tokens less one.
+        sequences: (P + 1,) number of the first sequence of each blended input, and at the end of all.
+        weights: (P,) share of each in the blend.
+        stream: of text, the documents laid one after the other.
+        truncated, dropped_overlong, dropped_untrained: samples cut to seq_length, left out because they were longer,
+            and left out because no trained token was (left) in them.
+        held_out: documents that are on the other side of the validation split.
+    """
+
+    documents: np.ndarray
+    lengths: np.ndarray
+    packing: Packing
+    sequences: np.ndarray
+    weights: tuple[float, ...]
+    stream: TextStream | None
+    truncated: int
+    dropped_overlong: int
+    dropped_untrained: int
+    held_out: int
+
+
+def select(dataset: Dataset, choice: Choice) -> Selection:
+    """Select and pack, or take what an earlier run or another process of this machine kept.
+
+    Raises:
+        DatasetFormatError: nothing is left to train on, or the dataset holds pairs, which are not packed.
+        SourceError: the dataset is damaged.
+    """
+    if dataset.kind == "preference":
+        raise DatasetFormatError(
+            f"dataset {dataset.place} is of kind preference; its pairs are not packed, and supervised fine-tuning "
+            "needs a chat or text dataset"
+        )
+    make = _text if dataset.kind == "text" else _chat
+    key = xxhash.xxh3_128_hexdigest(f"{VERSION}:{dataset.identity}:{choice.model_dump_json()}".encode())
+    arrays = kept_arrays("plans", key, lambda: make(dataset, choice))
+    truncated, overlong, untrained, held_out, tokens, occupied = arrays["counts"].tolist()
+    stream = None
+    if dataset.kind == "text":
+        stream = TextStream(*(arrays[name] for name in ("order", "ends", "sequences", "starts")), choice.seq_length)
+        count = int(arrays["sequences"][-1])
+        arrays |= {
+            "documents": np.arange(count),
+            "lengths": np.broadcast_to(np.int64(choice.seq_length + 1), (count,)),
+            "packed": np.arange(count),
+            "bounds": np.arange(count + 1),
+        }
+    return Selection(
+        documents=arrays["documents"],
+        lengths=arrays["lengths"],
+        packing=Packing(arrays["packed"], arrays["bounds"], choice.seq_length, tokens, occupied),
+        sequences=arrays["sequences"],
+        weights=tuple(pool.weight for pool in _pools(dataset, choice)),
+        stream=stream,
+        truncated=truncated,
+        dropped_overlong=overlong,
+        dropped_untrained=untrained,
+        held_out=held_out,
+    )
+
+
+def select_from(place: Path, choice: Choice) -> Selection:
+    """``select`` from the dataset at ``place``."""
+    return select(open_dataset(place), choice)
+
+
+def _pools(dataset: Dataset, choice: Choice) -> tuple[Pool, ...]:
+    """A validation set is gone through once, so its inputs' weights do not matter."""
+    pools = dataset.pools
+    return pools if choice.part == "train" else (Pool(pools[0].first, pools[-1].last, 1.0),)
+
+
+def _side(dataset: Dataset, choice: Choice) -> np.ndarray:
+    """(N,) bool: documents on the asked side of the split."""
+    held_out = splits.assign(dataset.tokens[0], choice.validation_fraction, choice.seed)
+    return held_out if choice.part == "validation" else ~held_out
+
+
+def _chat(dataset: Dataset, choice: Choice) -> Arrays:
+    tokens, (mask,) = dataset.tokens[0], dataset.loss_masks
+    lengths = np.asarray(tokens.lengths, dtype=np.int64)
+    side = _side(dataset, choice)
+    long, drop = lengths > choice.seq_length, choice.overlong == "drop"
+    kept = np.minimum(lengths, choice.seq_length)
+    trained = trained_labels(mask, kept) > 0
+    chosen = side & trained & ~(long & drop)
+    counts = [
+        0 if drop else int((side & long & trained).sum()),
+        int((side & long).sum()) if drop else 0,
+        int((side & ~trained & ~(long & drop)).sum()),
+        int((~side).sum()),
+    ]
+    documents = np.flatnonzero(chosen)
+    if len(documents) == 0:
+        raise DatasetFormatError(
+            f"dataset {dataset.place}: none of {len(lengths)} samples has a trained token within train.seq_length "
+            f"{choice.seq_length}{_where(choice)}; raise it or look at the data with mflow inspect"
+        )
+    kept = kept[documents]
+    packings, first = [], [0]
+    for number, pool in enumerate(_pools(dataset, choice)):
+        a, b = np.searchsorted(documents, [pool.first, pool.last]).tolist()
+        if a == b:
+            raise DatasetFormatError(
+                f"dataset {dataset.place}: blended input {number + 1} has no sample to train on within "
+                f"train.seq_length {choice.seq_length}{_where(choice)}; leave it out or look at it with mflow inspect"
+            )
+        arrange = pack if choice.packing else separate
+        packing = arrange(kept[a:b] - 1, choice.seq_length, choice.seed + 3 * number, choice.pack_alignment)
+        packings.append((a, packing))
+        first.append(first[-1] + len(packing))
+    ends = [packing.bounds[1:] + a for a, packing in packings]
+    counts += [sum(p.tokens for _, p in packings), sum(p.occupied for _, p in packings)]
+    return {
+        "documents": documents,
+        "lengths": kept,
+        "packed": np.concatenate([packing.documents + a for a, packing in packings]),
+        "bounds": np.concatenate([[0], *ends]),
+        "sequences": np.asarray(first),
+        "counts": np.asarray(counts),
+    }
+
+
+def _text(dataset: Dataset, choice: Choice) -> Arrays:
+    lengths, side = np.asarray(dataset.tokens[0].lengths), _side(dataset, choice)
+    pools = [pool.first + np.flatnonzero(side[pool.first : pool.last]) for pool in _pools(dataset, choice)]
+    try:
+        stream = text_stream(lengths, pools, choice.seq_length, choice.seed)
+    except DatasetFormatError as error:
+        raise DatasetFormatError(f"dataset {dataset.place}: {error}{_where(choice)}") from None
+    trained = int(stream.windows[-1]) * choice.seq_length
+    return {
+        "order": stream.order,
+        "ends": stream.ends,
+        "sequences": stream.windows,
+        "starts": stream.starts,
+        "counts": np.asarray([0, 0, 0, int((~side).sum()), trained, trained]),
+    }
+
+
+def _where(choice: Choice) -> str:
+    if not choice.validation_fraction:
+        return ""
+    return f" (train.validation_fraction {choice.validation_fraction}, {choice.part} side)"
