@@ -2,7 +2,8 @@
 
 Commands of the other rooms (run, explain, deploy, up, artifacts) register in the entry-point group
 ``megatron_flows.commands`` and are loaded when they are named, so the engine works where Prefect is not installed.
-Exit codes: 0 done; 1 crash; 2 the input was at fault, one line on standard error says how.
+Exit codes: 0 done; 1 crash, or two models that must be the same are not; 2 the input was at fault. One line on standard
+error says how.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ import sys
 import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from megatron_ext.config import DatasetFormat, Dtype, EvalConfig, TrainJobConfig, read_yaml, validated, with_overrides
-from megatron_ext.errors import MegatronFlowsError, OutputExistsError, UserError
+from megatron_ext.config import (
+    DatasetFormat,
+    Dtype,
+    EvalConfig,
+    TrainJobConfig,
+    VerifyLevel,
+    read_yaml,
+    validated,
+    with_overrides,
+)
+from megatron_ext.errors import MegatronFlowsError, OutputExistsError, UserError, VerificationError
 from megatron_ext.folders import published
 from megatron_ext.terminal import TerminalEvents
 
@@ -74,6 +84,10 @@ app = typer.Typer(
 
 Out = Annotated[Path, typer.Option(help="Folder to write; absent, empty, or this command's own partial.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+Verify = Annotated[
+    VerifyLevel,
+    typer.Option(help="What the result must pass: every tensor compared (digest), and all logits (logits)."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
 ModelFolder = Annotated[Path, typer.Option(help="Hugging Face model folder.")]
 
@@ -87,13 +101,18 @@ def _report(summary: dict[str, Any], as_json: bool, out: Path) -> None:
 
 @app.command()
 def convert(
-    model: ModelFolder, out: Out, dtype: Dtype | None = None, overwrite: Overwrite = False, as_json: AsJson = False
+    model: ModelFolder,
+    out: Out,
+    dtype: Dtype | None = None,
+    verify: Verify = "digest",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Turn a Hugging Face model into a Megatron torch_dist checkpoint."""
     from megatron_ext.weights.convert import convert as convert_weights
 
     with published(out, overwrite=overwrite, marker="convert", inputs=[model]) as partial, TerminalEvents() as events:
-        summary = convert_weights(model, partial, dtype=dtype, events=events)
+        summary = convert_weights(model, partial, dtype=dtype, events=events, verify=verify)
     _report(summary, as_json, out)
 
 
@@ -103,6 +122,7 @@ def export(
     model: Annotated[Path, typer.Option(help="Hugging Face folder the checkpoint came from: config and tokenizer.")],
     out: Out,
     dtype: Dtype | None = None,
+    verify: Verify = "digest",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -111,8 +131,38 @@ def export(
 
     reads = [checkpoint, model]
     with published(out, overwrite=overwrite, marker="export", inputs=reads) as partial, TerminalEvents() as events:
-        summary = export_weights(checkpoint, model, partial, dtype=dtype, events=events)
+        summary = export_weights(checkpoint, model, partial, dtype=dtype, events=events, verify=verify)
     _report(summary, as_json, out)
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")],
+    model: Annotated[Path, typer.Option(help="Hugging Face folder that it was converted from, or exported to.")],
+    level: Annotated[Literal["digest", "logits"], typer.Option(help="Every tensor, or the logits of both, too.")] = (
+        "digest"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Check that a checkpoint and a Hugging Face folder hold the same model: exit code 0 if they do, 1 if not."""
+    from megatron_ext.weights.certificate import facts
+    from megatron_ext.weights.verify import verify as verify_weights
+
+    with TerminalEvents() as events:
+        try:
+            certificate = verify_weights(checkpoint, model, level=level, events=events)
+        except VerificationError as error:
+            if as_json:
+                typer.echo(json.dumps({"verified": False, "reason": str(error)}))
+            raise
+    if as_json:
+        typer.echo(json.dumps({"verified": True, **certificate.model_dump()}))
+        return
+    told = facts(certificate)
+    width = max(map(len, told))
+    typer.echo("verified: both hold the same model")
+    for name, value in told.items():
+        typer.echo(f"  {name:<{width}}  {value}")
 
 
 @app.command(cls=VariadicCommand)

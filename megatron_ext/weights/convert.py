@@ -39,7 +39,8 @@ def run(job: Any, events: Events) -> dict[str, Any]:
     options = {key: value for key, value in job.config.items() if value is not None}
     if "upcycle" in options:
         options["upcycle"] = validated(UpcycleConfig, options["upcycle"], "model.upcycle")
-    return convert(Path(job.inputs["model"]), job.out, events=events, **{"dtype": None, "verify": "digest"} | options)
+    options = {"dtype": None, "verify": "digest", "platform": job.runtime.platform} | options
+    return convert(Path(job.inputs["model"]), job.out, events=events, **options)
 
 
 def convert(
@@ -52,6 +53,7 @@ def convert(
     extra_vocab_init: VocabInit = "mean",
     upcycle: UpcycleConfig | None = None,
     verify: VerifyLevel = "none",
+    platform: str = "auto",
 ) -> dict[str, Any]:
     """Write the checkpoint folder of the Hugging Face model in ``model`` into the folder ``out``, cleared first.
 
@@ -59,7 +61,8 @@ def convert(
     before the first byte is written; on an error ``out`` is left empty.
 
     ``extra_vocab_size`` rows are added to embedding and output layer, ``upcycle`` makes a mixture of experts of a dense
-    model; ``config.UpcycleConfig`` and ``config.ModelConfig`` say how. ``verify`` is what the checkpoint must pass.
+    model; ``config.UpcycleConfig`` and ``config.ModelConfig`` say how. ``verify`` is what the checkpoint must pass, and
+    ``platform`` computes the logits that this may ask for.
 
     Raises:
         UnsupportedModelError: no family converts this config; names the key and what there is.
@@ -72,7 +75,7 @@ def convert(
         raise ConfigError(unknown("dtype", dtype, SHORT))
     changes = changes_of(read_config(model), extra_vocab_size, extra_vocab_init, upcycle)
     source = read_source(model, changes)
-    check_level(verify, source.architecture)
+    check_level(verify, source.architecture, platform)
     plan, reader = source.plan, source.reader
     dtypes = checkpoint_dtypes(plan, reader, dtype)
     total = stored_bytes(plan, dtypes)
@@ -83,7 +86,7 @@ def convert(
         _write_weights(writer, plan, reader, dtypes, events, total)
         write_manifest(out, manifest)
         write_latest(out, "release")
-        verified = gate(verify, checkpoint=out, model=model, made=out, events=events)
+        verified = gate(verify, checkpoint=out, model=model, made=out, events=events, platform=platform)
     parameters = sum(prod(shape) for shape in {w.key: w.shape for w in plan}.values())
     return {
         "family": manifest.family,

@@ -36,8 +36,8 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 def run(job: Any, events: Events) -> dict[str, Any]:
     """The ``export`` job: inputs ``checkpoint`` and ``model``; config ``dtype`` and ``verify``."""
     checkpoint, model, config = Path(job.inputs["checkpoint"]), Path(job.inputs["model"]), job.config
-    verify = config.get("verify", "digest")
-    return export(checkpoint, model, job.out, dtype=config.get("dtype"), events=events, verify=verify)
+    options = {"verify": config.get("verify", "digest"), "platform": job.runtime.platform}
+    return export(checkpoint, model, job.out, dtype=config.get("dtype"), events=events, **options)
 
 
 def export(
@@ -49,6 +49,7 @@ def export(
     events: Events,
     max_shard_size: int = 5_000_000_000,
     verify: VerifyLevel = "none",
+    platform: str = "auto",
 ) -> dict[str, Any]:
     """Write ``checkpoint`` as a Hugging Face folder into the folder ``out``, cleared first.
 
@@ -56,7 +57,7 @@ def export(
     tokenizer files are copied byte for byte; if the type of the weights changed, exactly that key of config.json does.
     Where the conversion made another model of it (extra vocabulary, upcycling), config.json is that model's.
     ``dtype`` is bf16, fp16, fp32, or None: then each tensor keeps the checkpoint's. ``max_shard_size`` is in bytes.
-    ``verify`` is what the exported folder must pass.
+    ``verify`` is what the exported folder must pass, and ``platform`` computes the logits that this may ask for.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged, or of another model than ``model``; names the field.
@@ -68,7 +69,7 @@ def export(
     if dtype is not None and dtype not in SHORT:
         raise ConfigError(unknown("dtype", dtype, SHORT))
     manifest = read_manifest(checkpoint)
-    check_level(verify, manifest.architecture)
+    check_level(verify, manifest.architecture, platform)
     config = read_config(model)
     plan = checked_plan(manifest, checkpoint, model, config)
     source = TorchDistReader(latest_folder(checkpoint))
@@ -83,7 +84,7 @@ def export(
             write_json(out / "config.json", manifest.hf_config)
         exported_dtypes = {info.dtype for info in tensors.values()}
         _write_config(out / "config.json", exported_dtypes, manifest.source_dtype)
-        verified = gate(verify, checkpoint=checkpoint, model=out, made=out, events=events)
+        verified = gate(verify, checkpoint=checkpoint, model=out, made=out, events=events, platform=platform)
     return {
         "family": manifest.family,
         "iteration": manifest.iteration,

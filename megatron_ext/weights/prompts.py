@@ -46,9 +46,7 @@ def make_prompts(architecture: Architecture, model: Path) -> list[Prompt]:
     prompts = [
         _whole("random", random(2, SHORT)),
         _whole("whole vocabulary", spread[torch.randperm(len(spread), generator=generator)][None]),
-        _long(
-            "long" if window is None else "beyond the window", random(1, LONG if window is None else window + BEYOND)
-        ),
+        _long("beyond the window", random(1, window + BEYOND)) if window else _long("long", random(1, LONG)),
     ]
     if (text := _text(model, vocabulary, most)) is not None:
         prompts.append(_whole("text", text))

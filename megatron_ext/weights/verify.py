@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from megatron_ext.config import RuntimeConfig, VerifyLevel
+from megatron_ext.config import VerifyLevel
 from megatron_ext.errors import ConfigError, UserError, VerificationError, unknown
 from megatron_ext.events import Events
 from megatron_ext.families.base import Architecture, Weight
 from megatron_ext.weights import planning
-from megatron_ext.weights.certificate import Certificate, versions, write_certificate
+from megatron_ext.weights.certificate import Certificate, facts, versions, write_certificate
 from megatron_ext.weights.hf import SHORT, TensorInfo, short_name
 from megatron_ext.weights.manifest import CheckpointManifest, latest_folder, read_manifest
 from megatron_ext.weights.sources import source_of
@@ -28,7 +28,6 @@ from megatron_ext.weights.verify_digest import Direction, Sides, compare
 from megatron_ext.weights.verify_logits import Pair, compare_logits, require_memory
 
 LEVELS = ("none", "digest", "logits")
-HERE = RuntimeConfig()
 
 
 def gate(
@@ -38,7 +37,7 @@ def gate(
     model: Path,
     made: Path,
     events: Events,
-    runtime: RuntimeConfig = HERE,
+    platform: str = "auto",
 ) -> dict[str, Any]:
     """Verify what was just made, ``checkpoint`` or ``model``, and put the certificate into it; its summary.
 
@@ -49,7 +48,7 @@ def gate(
         return {"verified": None}
     direction: Direction = "to_checkpoint" if made == checkpoint else "to_model"
     try:
-        certificate = verify(checkpoint, model, level=level, events=events, direction=direction, runtime=runtime)
+        certificate = verify(checkpoint, model, level=level, events=events, direction=direction, platform=platform)
     except VerificationError as error:
         raise VerificationError(
             f"{error}. Nothing was published; check disk and memory of this machine and try again: what fails twice at "
@@ -58,10 +57,11 @@ def gate(
     except UserError as error:
         raise VerificationError(f"what was written cannot be read back: {error}") from None
     write_certificate(made, certificate)
+    events.note(f"verified: {', '.join(f'{name} {value}' for name, value in facts(certificate).items())}")
     return {"verified": certificate.summary()}
 
 
-def check_level(level: VerifyLevel, architecture: Architecture, runtime: RuntimeConfig = HERE) -> None:
+def check_level(level: VerifyLevel, architecture: Architecture, platform: str = "auto") -> None:
     """Refuse, before anything is written, a level that is unknown or that this machine cannot compute.
 
     Raises:
@@ -70,7 +70,7 @@ def check_level(level: VerifyLevel, architecture: Architecture, runtime: Runtime
     if level not in LEVELS:
         raise ConfigError(unknown("verification level", level, LEVELS))
     if level == "logits":
-        require_memory(architecture, runtime)
+        require_memory(architecture, platform)
 
 
 def verify(
@@ -80,7 +80,7 @@ def verify(
     level: VerifyLevel,
     events: Events,
     direction: Direction | None = None,
-    runtime: RuntimeConfig = HERE,
+    platform: str = "auto",
 ) -> Certificate:
     """Compare the checkpoint folder with the Hugging Face folder that it was made from, or that was made from it.
 
@@ -93,7 +93,7 @@ def verify(
     """
     started = time.monotonic()
     manifest = read_manifest(checkpoint)
-    check_level(level, manifest.architecture, runtime)
+    check_level(level, manifest.architecture, platform)
     source = source_of(manifest, checkpoint, model)
     plan, tensors = source.plan, source.reader.tensors
     reader = open_checkpoint(checkpoint)
@@ -110,7 +110,7 @@ def verify(
     figures = None
     if level == "logits":
         rounded = _rounded(direction, types, made_of, model)
-        figures = compare_logits(Pair(checkpoint, model, manifest, direction, rounded), events, runtime)
+        figures = compare_logits(Pair(checkpoint, model, manifest, direction, rounded), events, platform)
     return Certificate(
         level=level,
         compared=_sentence(direction, manifest),

@@ -58,7 +58,7 @@ class Pair:
     rounded: str | None
 
 
-def require_memory(architecture: Architecture, runtime: RuntimeConfig) -> None:
+def require_memory(architecture: Architecture, platform: str) -> None:
     """Refuse what would run out of main memory; an accelerator's own is not looked at.
 
     Raises:
@@ -66,7 +66,7 @@ def require_memory(architecture: Architecture, runtime: RuntimeConfig) -> None:
     """
     import psutil
 
-    if select(runtime.platform).name != "cpu":
+    if select(platform).name != "cpu":
         return
     needed, free = int(SPARE * FP32 * parameters(architecture)), psutil.virtual_memory().available
     if needed > free:
@@ -76,7 +76,7 @@ def require_memory(architecture: Architecture, runtime: RuntimeConfig) -> None:
         )
 
 
-def compare_logits(pair: Pair, events: Events, runtime: RuntimeConfig) -> LogitsFigures:
+def compare_logits(pair: Pair, events: Events, platform: str) -> LogitsFigures:
     """Compare the logits of both models on prompts that are always the same for one architecture.
 
     Raises:
@@ -87,11 +87,11 @@ def compare_logits(pair: Pair, events: Events, runtime: RuntimeConfig) -> Logits
     architecture = pair.manifest.architecture
     prompts = make_prompts(architecture, pair.model)
     with tempfile.TemporaryDirectory(prefix="mflow-logits-") as scratch:
-        answers, device = _both(pair, prompts, Path(scratch), events, runtime, hidden=False)
+        answers, device = _both(pair, prompts, Path(scratch), events, platform, hidden=False)
         verdict = _judge(prompts, answers)
         if verdict.fault:
             worst = [verdict.prompt]
-            layers, _ = _both(pair, worst, Path(scratch), events, runtime, hidden=True)
+            layers, _ = _both(pair, worst, Path(scratch), events, platform, hidden=True)
             where = first_layer_that_differs(layers, architecture.num_layers)
             raise VerificationError(f"{verdict.fault}; {where} ({pair.model} against {pair.checkpoint})")
     return LogitsFigures(
@@ -149,8 +149,8 @@ def _sentence(prompt: Prompt, left: torch.Tensor, right: torch.Tensor, tolerance
     values = float(left[sequence, position, token]), float(right[sequence, position, token])
     return (
         f"the logits differ by {abs(values[0] - values[1]):.3g}, and {tolerance:.2g} would pass: prompt "
-        f"{prompt.name!r}, position {prompt.positions[position]}, token {token}: {values[0]:.6g} by transformers, {values[1]:.6g} by "
-        "megatron-core"
+        f"{prompt.name!r}, position {prompt.positions[position]}, token {token}: {values[0]:.6g} by transformers, "
+        f"{values[1]:.6g} by megatron-core"
     )
 
 
@@ -179,7 +179,7 @@ def first_layer_that_differs(answers: Answers, num_layers: int) -> str:
 
 
 def _both(
-    pair: Pair, prompts: list[Prompt], scratch: Path, events: Events, runtime: RuntimeConfig, *, hidden: bool
+    pair: Pair, prompts: list[Prompt], scratch: Path, events: Events, platform: str, *, hidden: bool
 ) -> tuple[Answers, str]:
     """Logits (or, ``hidden``, the outputs of all layers) by side, and the device that computed them."""
     asked = scratch / "prompts.safetensors"
@@ -199,7 +199,7 @@ def _both(
                 inputs={"model": str(pair.model), "checkpoint": str(pair.checkpoint), "prompts": str(asked)},
                 out=out,
                 events=out / "events.jsonl",
-                runtime=runtime,
+                runtime=RuntimeConfig(platform=platform),
             )
         )
         device = summary["device"]
