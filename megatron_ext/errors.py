@@ -59,6 +59,26 @@ class DatasetFormatError(UserError):
     """A row does not fit the dataset format; names file, row and field."""
 
 
+class RowFormatError(DatasetFormatError):
+    """One row does not fit; with ``on_bad_row=skip`` it is left out and counted.
+
+    Args:
+        source: the file, or its URL.
+        row: number of the row in it.
+        field: the field at fault, or None if it is the row as a whole.
+        problem: what is wrong, as the end of the sentence.
+    """
+
+    def __init__(self, source: object, row: int, field: str | None, problem: str) -> None:
+        place = f"{source}, row {row}:" + (f" field {field!r}" if field is not None else "")
+        super().__init__(f"{place} {problem}")
+        self.source, self.row, self.field, self.problem = str(source), row, field, problem
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """Cross the border of a process whole."""
+        return type(self), (self.source, self.row, self.field, self.problem)
+
+
 class ChatTemplateError(UserError):
     """A chat template is unknown or cannot be rendered."""
 

@@ -191,7 +191,10 @@ def check_file(path: Path, format: str, template: ChatTemplate, events: Events) 
 
 def _conversations(path: Path, format: str) -> Iterator[tuple[int, Conversation]]:
     for number, row in read_rows(path, FIELDS):
-        yield number, parse_row(row, format, path, number)
+        parsed = parse_row(row, format, path, number)
+        if not isinstance(parsed, Conversation):
+            raise DatasetFormatError(f"{path}: format {format} holds no conversations")
+        yield number, parsed
 
 
 def _rendered(files: list[CheckedFile], template: ChatTemplate) -> Iterator[tuple[str, Rendered]]:

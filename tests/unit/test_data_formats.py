@@ -1,11 +1,28 @@
 """Dataset formats: rows become conversations, rows that do not fit are named, auto says what it decided and why."""
 
+import json
+import pickle
+from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from real_data import REAL_DATA, needs_real_data
 
-from megatron_ext.data.formats import detect_format, parse_row, require_format
-from megatron_ext.errors import DatasetFormatError
+from megatron_ext.config import DatasetFormat
+from megatron_ext.data.formats import (
+    AUTO,
+    FORMATS,
+    Preference,
+    Text,
+    detect_format,
+    parse_row,
+    require_columns,
+    require_format,
+    wanted_columns,
+)
+from megatron_ext.data.sources import read_rows
+from megatron_ext.errors import DatasetFormatError, RowFormatError
 
 FILE = Path("data/train.jsonl")
 
@@ -78,9 +95,106 @@ def test_messages_with_text_parts_nulls_and_tool_calls():
     assert messages[3] == {"role": "assistant", "content": "done"}
 
 
+def test_text_is_taken_as_it_is_even_when_empty():
+    assert parse_row({"text": " a\n", "id": 3}, "text", FILE, 1) == Text(" a\n")
+    assert parse_row({"text": ""}, "text", FILE, 1) == Text("")
+
+
+def test_lists_may_be_the_json_text_of_lists_as_in_csv():
+    messages = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    assert messages_of({"messages": messages}, "messages") == [("user", "a"), ("assistant", "b")]
+    row = {"instruction": "q", "input": "", "output": "o", "history": '[["a", "b"]]', "system": ""}
+    assert messages_of(row, "alpaca") == [("user", "a"), ("assistant", "b"), ("user", "q"), ("assistant", "o")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("Hi ", " Hello"),
+        ([{"role": "user", "content": "Hi "}], [{"role": "assistant", "content": " Hello"}]),
+        ([{"from": "human", "value": "Hi "}], {"from": "gpt", "value": " Hello"}),
+    ],
+)
+def test_prompt_and_completion_as_texts_or_turns_train_the_completion_alone(prompt, completion):
+    row = {"prompt": prompt, "completion": completion}
+    assert messages_of(row, "prompt_completion") == [("user", "Hi "), ("assistant", " Hello")]
+    history = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert parse_row({"prompt": history, "completion": "d"}, "prompt_completion", FILE, 1).trained_from == 3
+
+
+# --- preferences ------------------------------------------------------------------------------------------------
+
+U, A, B = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+H, G, W = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "gpt", "value": "b"}
+S = {"role": "system", "content": "s"}
+TEXTS = {"chosen": "a", "rejected": "b"}
+EARLIER = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"conversations": [H], "chosen": G, "rejected": W}, [U]),  # LLaMA-Factory, sharegpt
+        ({"conversations": [H], "chosen": G, "rejected": W, "system": "s"}, [S, U]),
+        ({"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, [U]),  # LLaMA-Factory, alpaca
+        (
+            {"instruction": "q", "history": [["x", "y"]], **TEXTS, "system": "s"},
+            [S, *EARLIER, U],
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, [U]),  # TRL, plain, explicit
+        ({"chosen": "qa", "rejected": "qb"}, [U]),  # TRL, plain, implicit
+        ({"prompt": [U], "chosen": [A], "rejected": [B]}, [U]),  # TRL, conversational, explicit
+        ({"chosen": [S, *EARLIER, U, A], "rejected": [S, *EARLIER, U, B]}, [S, *EARLIER, U]),  # TRL, implicit
+        ({"prompt": "q", "prompt_id": "0", "chosen": [H, G], "rejected": [H, W], "conversations": [H, G]}, [U]),
+        ({"prompt": "q", "messages": [U, A], "chosen": [U, A], "rejected": [U, B]}, [U]),  # UltraFeedback
+    ],
+)
+def test_preferences_of_every_shape_give_prompt_and_answers(row, prompt):
+    assert parse_row(row, "preference", FILE, 1) == Preference(prompt, [A], [B])
+    assert detect_format([(1, row)], FILE)[0] == "preference"
+    chosen, rejected = parse_row(row, "preference", FILE, 1).conversations()
+    assert chosen.messages == [*prompt, A]
+    assert rejected.messages == [*prompt, B]
+    assert chosen.trained_from == rejected.trained_from == len(prompt)
+
+
+def test_a_space_before_the_first_difference_of_two_texts_belongs_to_the_answers():
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+    preference = parse_row(row, "preference", FILE, 1)
+    assert preference.prompt == [{"role": "user", "content": "The sky is"}]
+    assert [preference.chosen[0]["content"], preference.rejected[0]["content"]] == [" blue.", " green."]
+
+
+def test_an_answer_may_call_tools():
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+    row = {"conversations": [H], "chosen": [call, {"from": "observation", "value": "1"}, G], "rejected": [W]}
+    preference = parse_row(row | {"tools": '[{"name": "f"}]'}, "preference", FILE, 1)
+    assert [message["role"] for message in preference.chosen] == ["assistant", "tool", "assistant"]
+    assert preference.uses_tools
+
+
+# --- rows that do not fit ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("format", "row", "problem"),
     [
+        ("text", {"txt": "a"}, "field 'text' is missing"),
+        ("text", {"text": None}, "field 'text' is null, not text"),
+        ("prompt_completion", {"prompt": "a"}, "field 'completion' is missing"),
+        ("prompt_completion", {"prompt": "a", "completion": [U]}, "field 'completion' has no assistant turn"),
+        ("preference", {"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "field 'rejected' is the same as chosen"),
+        ("preference", {"chosen": [U, A], "rejected": [S, U, B]}, "field 'rejected' starts with another turn"),
+        ("preference", {"chosen": [U, A], "rejected": [U]}, "field 'rejected' does not go on with an assistant turn"),
+        ("preference", {"chosen": [U, S, A], "rejected": [U, B]}, "field 'chosen' does not go on with an assistant"),
+        ("preference", {"prompt": [U, A], "chosen": [A], "rejected": [B]}, "ends with an assistant turn already"),
+        ("preference", {"prompt": "a", "chosen": [{"value": 1}], "rejected": "b"}, r"field 'chosen\[0\]\.role' holds"),
+        ("sharegpt", {"conversations": [H], "chosen": G, "rejected": W}, "nothing to train on; it has chosen and rej"),
         ("alpaca", {"instruction": "a"}, "field 'output' is missing"),
         ("alpaca", {"instruction": "a", "output": 3}, "field 'output' is a number, not text"),
         ("alpaca", {"instruction": "a", "output": "b", "input": ["c"]}, "field 'input' is a list, not text"),
@@ -108,6 +222,57 @@ def test_a_row_that_does_not_fit_is_named_with_file_row_and_field(format, row, p
     with pytest.raises(DatasetFormatError, match=problem) as caught:
         parse_row(row, format, FILE, 7)
     assert str(caught.value).startswith("data/train.jsonl, row 7: ")
+    assert (caught.value.source, caught.value.row) == ("data/train.jsonl", 7)
+    assert caught.value.field is None or f"field {caught.value.field!r}" in str(caught.value)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)
+
+
+# --- odd names --------------------------------------------------------------------------------------------------
+
+
+def test_columns_give_fields_other_names():
+    row = {"question": "q", "answer": "a", "input": "unwanted", "text": "t"}
+    columns = {"instruction": "question", "output": "answer", "input": "nowhere"}
+    conversation = parse_row(row, "alpaca", FILE, 1, columns)
+    assert [m["content"] for m in conversation.messages] == ["q", "a"]
+    name, why = detect_format([(1, row)], FILE, columns)
+    assert name == "alpaca"
+    assert "instruction from question, output from answer" in why
+    assert wanted_columns("alpaca", columns) == {"question", "answer", "nowhere", "system", "history"}
+
+
+def test_a_column_that_stands_for_another_field_is_only_that():
+    conversation = parse_row({"input": "q", "output": "a"}, "alpaca", FILE, 1, {"instruction": "input"})
+    assert [m["content"] for m in conversation.messages] == ["q", "a"]
+    swapped = parse_row({"input": "q", "instruction": "x", "output": "a"}, "alpaca", FILE, 1,
+                        {"instruction": "input", "input": "instruction"})  # fmt: skip
+    assert swapped.messages[0]["content"] == "q\nx"
+
+
+def test_an_error_names_the_column_of_the_file():
+    with pytest.raises(RowFormatError, match="row 1: field 'answer' is missing") as caught:
+        parse_row({"question": "q"}, "alpaca", FILE, 1, {"instruction": "question", "output": "answer"})
+    assert caught.value.field == "answer"
+    with pytest.raises(RowFormatError, match=r"field 'turns\[0\]\.from' holds an unknown speaker"):
+        parse_row({"turns": [{"from": "x"}]}, "sharegpt", FILE, 1, {"conversations": "turns"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "format", "problem"),
+    [
+        ({"instructoin": "q"}, "alpaca", "unknown field 'instructoin'; did you mean 'instruction'"),
+        ({"messages": "q"}, "alpaca", "fields of format alpaca"),
+        ({"nonsense": "q"}, "auto", "fields of any format"),
+        ({"instruction": "q", "output": "q"}, "alpaca", "'q' stands for several fields"),
+    ],
+)
+def test_a_mapping_of_what_no_format_reads_is_refused(columns, format, problem):
+    with pytest.raises(DatasetFormatError, match=problem):
+        require_columns(columns, format)
+
+
+# --- auto -------------------------------------------------------------------------------------------------------
 
 
 ALPACA = {"instruction": "a", "output": "b", "text": "c"}
@@ -122,13 +287,16 @@ MESSAGES = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant",
         (SHAREGPT, "sharegpt"),
         (MESSAGES, "messages"),
         ({"conversations": MESSAGES["messages"]}, "messages"),
+        ({"text": "a"}, "text"),
+        ({"prompt": "a", "completion": "b", "text": "ab"}, "prompt_completion"),
+        ({"messages": [U], "chosen": A, "rejected": B}, "preference"),
     ],
 )
 def test_auto_decides_and_says_why(row, format):
     name, why = detect_format(enumerate([row] * 5, 1), FILE)
     assert name == format
     assert why.startswith("train.jsonl: all of the first 5 rows have ")
-    assert len(messages_of(row, name)) == 2
+    assert parse_row(row, name, FILE, 1)
 
 
 def test_auto_follows_the_majority_so_that_the_odd_row_is_named_later():
@@ -136,14 +304,93 @@ def test_auto_follows_the_majority_so_that_the_odd_row_is_named_later():
 
 
 def test_auto_refuses_what_it_cannot_decide():
-    with pytest.raises(DatasetFormatError, match=r"no known format: row 1 has the fields text\. Known: alpaca: "):
-        detect_format([(1, {"text": "plain"})], FILE)
-    with pytest.raises(DatasetFormatError, match=r"preference pairs \(chosen, rejected\)"):
-        detect_format([(1, {"prompt": "p", "chosen": "a", "rejected": "b"})], FILE)
+    with pytest.raises(DatasetFormatError, match=r"row 1 has the fields content, id; name columns .*Known: text: "):
+        detect_format([(1, {"id": 1, "content": "plain"})], FILE)
+    with pytest.raises(DatasetFormatError, match="row 1 is a list"):
+        detect_format([(1, ["a"])], FILE)
     with pytest.raises(DatasetFormatError, match="fits alpaca and messages alike; name one with --format"):
         detect_format([(1, ALPACA | MESSAGES)], FILE)
+
+
+def test_the_configuration_offers_every_format():
+    assert set(get_args(DatasetFormat)) == {AUTO, *FORMATS}
 
 
 def test_an_unknown_format_is_named_with_the_nearest():
     with pytest.raises(DatasetFormatError, match="unknown dataset format 'sharegtp'; did you mean 'sharegpt'"):
         require_format("sharegtp")
+
+
+# --- real data --------------------------------------------------------------------------------------------------
+
+
+@needs_real_data
+@pytest.mark.parametrize(
+    ("name", "format", "rows"),
+    [
+        ("alpaca_en_demo.json", "alpaca", 999),
+        ("alpaca_zh_demo.json", "alpaca", 1000),
+        ("glaive_toolcall_en_demo.json", "sharegpt", 300),
+        ("dpo_en_demo.json", "preference", 300),
+        ("autoalign_dummy_sft.json", "sharegpt", 2),
+        ("autoalign_dummy_dpo.json", "preference", 2),
+        ("c4_demo.jsonl", "text", 300),
+        ("wiki_demo.txt", "text", 30),
+        ("tinyshakespeare.txt", "text", 32777),
+    ],
+)
+def test_real_data_is_recognized_and_every_row_fits(name, format, rows):
+    path = REAL_DATA / name
+    decided, why = detect_format(islice(read_rows(path), 100), path)
+    assert decided == format, why
+    parsed = [parse_row(row, format, path, n) for n, row in read_rows(path, wanted_columns(format))]
+    assert len(parsed) == rows
+
+
+@needs_real_data
+def test_autoaligns_pairs_have_the_question_as_prompt_and_answers_that_differ():
+    path = REAL_DATA / "autoalign_dummy_dpo.json"
+    for number, row in read_rows(path):
+        preference = parse_row(row, "preference", path, number)
+        assert preference.prompt == [{"role": "user", "content": row["prompt"]}]
+        assert preference.chosen == [{"role": "assistant", "content": row["chosen"][-1]["value"]}]
+        assert preference.rejected == [{"role": "assistant", "content": row["rejected"][-1]["value"]}]
+
+
+@needs_real_data
+@pytest.mark.parametrize("kind", ["jsonl.zst", "parquet", "csv", "arrow"])
+@pytest.mark.parametrize("format", ["messages", "prompt_completion", "preference", "sharegpt", "alpaca"])
+def test_one_conversation_in_every_format_and_kind_of_file_is_the_same(tmp_path, kind, format):
+    """Real rows, rewritten in the other shapes: what is rendered must not depend on how it was stored."""
+    import pyarrow
+    from pyarrow import csv, ipc, parquet
+
+    pairs = [(row["instruction"], row["output"]) for _, row in read_rows(REAL_DATA / "alpaca_zh_demo.json")][:50]
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    rows = {
+        "alpaca": [{"instruction": q, "output": a} for q, a in pairs],
+        "sharegpt": [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in pairs],
+        "messages": [{"messages": messages} for messages in turns],
+        "prompt_completion": [{"prompt": q, "completion": a} for q, a in pairs],
+        "preference": [{"prompt": q, "chosen": a, "rejected": "?"} for q, a in pairs],
+    }[format]
+    path = tmp_path / f"d.{kind}"
+    if kind == "csv":
+        rows = [{k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in r.items()} for r in rows]
+    table = pyarrow.Table.from_pylist(rows)
+    if kind == "parquet":
+        parquet.write_table(table, path)
+    elif kind == "csv":
+        csv.write_csv(table, path)
+    elif kind == "arrow":
+        with pyarrow.OSFile(str(path), "wb") as sink, ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(pyarrow.compress(lines, "zstd", asbytes=True))
+    assert detect_format(islice(read_rows(path), 100), path)[0] == format
+    parsed = [parse_row(row, format, path, n) for n, row in read_rows(path, wanted_columns(format))]
+    if format == "preference":
+        assert {p.rejected[0]["content"] for p in parsed} == {"?"}
+        parsed = [p.conversations()[0] for p in parsed]
+    assert [conversation.messages for conversation in parsed] == turns

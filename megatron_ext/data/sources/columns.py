@@ -115,13 +115,13 @@ def _from_rows(rows: Iterable[Row], column: str, block_bytes: int, place: Place,
     size = 0
     for number, row in rows:
         if problem := missing_text(row, column):
-            bad(number, place.error(problem, number))
+            bad(number, place.error(problem, number, column if isinstance(row, dict) else None))
             continue
         try:
             text = row[column].encode()
         except UnicodeEncodeError:
-            problem = f"field {column!r} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
-            bad(number, place.error(problem, number))
+            problem = "holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+            bad(number, place.error(problem, number, column))
             continue
         texts.append(text)
         numbers.append(number)
@@ -141,8 +141,8 @@ def missing_text(row: Any, column: str) -> str | None:
     if isinstance(value, str):
         return None
     if column not in row:
-        return f"field {column!r} is missing; the row has {', '.join(map(repr, row)) or 'no fields'}"
-    return f"field {column!r} is {kind_in_words(value)}, not text"
+        return f"is missing; the row has {', '.join(map(repr, row)) or 'no fields'}"
+    return f"is {kind_in_words(value)}, not text"
 
 
 def _batch(texts: list[bytes], numbers: list[int]) -> ColumnBatch:
@@ -251,7 +251,7 @@ def _read_csv(place: Place, column: str, block_bytes: int, start: int, bad: OnBa
 
     first = next(read_rows(place.source, on_bad=lambda *_: None), None)  # checks the header
     if first and column not in first[1]:
-        raise place.error(missing_text(first[1], column) or "", first[0])
+        raise place.error(missing_text(first[1], column) or "", first[0], column)
     convert = csv.ConvertOptions(
         include_columns=[column], column_types={column: pyarrow.string()}, strings_can_be_null=False
     )
@@ -324,7 +324,7 @@ def _read_arrow(place: Place, column: str, block_bytes: int, start: int, bad: On
 
 def _column_index(names: list[str], column: str, place: Place) -> int:
     if column not in names:
-        raise place.error(f"field {column!r} is missing; the file has the columns {', '.join(names) or '(none)'}")
+        raise place.error(f"is missing; the file has the columns {', '.join(names) or '(none)'}", field=column)
     return names.index(column)
 
 
@@ -333,7 +333,7 @@ def _require_text(type: Any, column: str, place: Place) -> None:
 
     inner = type.value_type if types.is_dictionary(type) else type
     if not (types.is_string(inner) or types.is_large_string(inner) or types.is_string_view(inner)):
-        raise place.error(f"field {column!r} is {type}, not text")
+        raise place.error(f"is {type}, not text", field=column)
 
 
 def _texts(values: Any, before: int, column: str, start: int, place: Place, bad: OnBad) -> Iterator[ColumnBatch]:
@@ -351,7 +351,7 @@ def _texts(values: Any, before: int, column: str, start: int, place: Place, bad:
     if values.null_count:
         missing = values.is_null()
         for index in missing.to_numpy(zero_copy_only=False).nonzero()[0].tolist():
-            bad(number + index, place.error(f"field {column!r} is null, not text", number + index))
+            bad(number + index, place.error("is null, not text", number + index, column))
         yield _without(values, missing, number)
         return
     yield ColumnBatch(number, values)
@@ -364,7 +364,7 @@ def _decoded(values: Any, number: int, column: str, place: Place, bad: OnBad) ->
         try:
             yield at, {column: None if value is None else value.decode()}
         except UnicodeDecodeError as error:
-            bad(at, place.error(f"field {column!r} is not UTF-8 ({error.reason} at byte {error.start})", at))
+            bad(at, place.error(f"is not UTF-8 ({error.reason} at byte {error.start})", at, column))
 
 
 READERS: dict[str, Callable[[Place, str, int, int, OnBad], Iterator[ColumnBatch]]] = {

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_ext.data.sources.places import Source, open_filesystem, require_file
-from megatron_ext.errors import DatasetFormatError, SourceError
+from megatron_ext.errors import DatasetFormatError, RowFormatError, SourceError
 
 if TYPE_CHECKING:
     pass
@@ -24,10 +24,11 @@ class Place:
         self.source = source
         self.row = 0
 
-    def error(self, problem: str, row: int | None = None) -> DatasetFormatError:
-        """An error at ``row``."""
-        where = f"{self.source}, row {row}" if row else str(self.source)
-        return DatasetFormatError(f"{where}: {problem}")
+    def error(self, problem: str, row: int | None = None, field: str | None = None) -> DatasetFormatError:
+        """An error of the file, or of its row ``row``."""
+        if row is not None:
+            return RowFormatError(self.source, row, field, problem)
+        return DatasetFormatError(f"{self.source}: " + (f"field {field!r} {problem}" if field else problem))
 
 
 @contextmanager
