@@ -25,12 +25,13 @@ from megatron_ext.config import (
     EvalConfig,
     TrainJobConfig,
     VerifyLevel,
+    VocabInit,
     read_yaml,
     validated,
     with_overrides,
 )
 from megatron_ext.errors import MegatronFlowsError, OutputExistsError, UserError, VerificationError
-from megatron_ext.folders import published
+from megatron_ext.folders import published, size_in_bytes
 from megatron_ext.terminal import TerminalEvents
 
 COMMANDS = "megatron_flows.commands"
@@ -104,15 +105,26 @@ def convert(
     model: ModelFolder,
     out: Out,
     dtype: Dtype | None = None,
+    extra_vocab_size: Annotated[int, typer.Option(min=0, help="Rows to add for tokens that were added.")] = 0,
+    extra_vocab_init: Annotated[VocabInit, typer.Option(help="How those rows start.")] = "mean",
+    upcycle: Annotated[
+        str | None, typer.Option(help="Make experts of a dense model: num_experts=8,topk=2[,router_init_std=0.02,…].")
+    ] = None,
     verify: Verify = "digest",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a Hugging Face model into a Megatron torch_dist checkpoint."""
     from megatron_ext.weights.convert import convert as convert_weights
+    from megatron_ext.weights.upcycle import parse_upcycle
 
+    options = {
+        "extra_vocab_size": extra_vocab_size,
+        "extra_vocab_init": extra_vocab_init,
+        "upcycle": parse_upcycle(upcycle) if upcycle else None,
+    }
     with published(out, overwrite=overwrite, marker="convert", inputs=[model]) as partial, TerminalEvents() as events:
-        summary = convert_weights(model, partial, dtype=dtype, events=events, verify=verify)
+        summary = convert_weights(model, partial, dtype=dtype, events=events, verify=verify, **options)
     _report(summary, as_json, out)
 
 
@@ -122,6 +134,7 @@ def export(
     model: Annotated[Path, typer.Option(help="Hugging Face folder the checkpoint came from: config and tokenizer.")],
     out: Out,
     dtype: Dtype | None = None,
+    max_shard_size: Annotated[str, typer.Option(help="Most bytes of a file: 5GB, 500MB, 2GiB, or a number.")] = "5GB",
     verify: Verify = "digest",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -129,9 +142,11 @@ def export(
     """Turn a Megatron checkpoint back into a Hugging Face model."""
     from megatron_ext.weights.export import export as export_weights
 
-    reads = [checkpoint, model]
+    reads, most = [checkpoint, model], size_in_bytes(max_shard_size, "--max-shard-size")
     with published(out, overwrite=overwrite, marker="export", inputs=reads) as partial, TerminalEvents() as events:
-        summary = export_weights(checkpoint, model, partial, dtype=dtype, events=events, verify=verify)
+        summary = export_weights(
+            checkpoint, model, partial, dtype=dtype, events=events, max_shard_size=most, verify=verify
+        )
     _report(summary, as_json, out)
 
 

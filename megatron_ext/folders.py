@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,11 +17,27 @@ from pathlib import Path
 
 import xxhash
 
-from megatron_ext.errors import DiskSpaceError, OutputExistsError, UserError
+from megatron_ext.errors import ConfigError, DiskSpaceError, OutputExistsError, UserError
 
 CHUNK = 8 << 20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20}
+UNITS |= {"GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def size_in_bytes(text: str, name: str) -> int:
+    """Bytes of ``5GB``, ``500MB``, ``2GiB`` or a plain number; ``name`` is the option, for the message.
+
+    Raises:
+        ConfigError: it is no size, or less than a byte.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match and match[2].upper() in UNITS and (size := int(float(match[1]) * UNITS[match[2].upper()])) > 0:
+        return size
+    raise ConfigError(f"{name} {text!r} is no size; write for instance 5GB, 500MB, 2GiB or a number of bytes")
 
 
 def digest_file(path: Path) -> str:
