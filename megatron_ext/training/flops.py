@@ -20,7 +20,8 @@ def matrix_weights(architecture: Architecture) -> int:
     matrices = 3 if a.gated_linear_unit else 2
     if a.num_moe_experts:
         experts = getattr(a, "moe_router_topk", 1) * matrices * a.hidden_size * (a.moe_ffn_hidden_size or 0)
-        mlp = experts + a.hidden_size * a.num_moe_experts
+        shared = matrices * a.hidden_size * (a.moe_shared_expert_intermediate_size or 0)
+        mlp = experts + shared + a.hidden_size * a.num_moe_experts
     else:
         mlp = matrices * a.hidden_size * a.ffn_hidden_size
     return a.num_layers * (attention + mlp) + a.vocab_size * a.hidden_size

@@ -52,6 +52,8 @@ def check_layout(
     }
     mlp = "moe_ffn_hidden_size" if architecture.num_moe_experts else "ffn_hidden_size"
     splits[mlp] = getattr(architecture, mlp)
+    if shared := architecture.moe_shared_expert_intermediate_size:
+        splits["moe_shared_expert_intermediate_size"] = shared
     for name, value in splits.items():
         if value % tp:
             fitting = [n for n in range(1, tp) if all(v % n == 0 for v in splits.values())]
@@ -277,6 +279,8 @@ def parameters(architecture: Architecture) -> int:
     mlp = (3 if a.gated_linear_unit else 2) * a.hidden_size * ffn
     if a.num_moe_experts is not None:
         mlp = a.num_moe_experts * (mlp + a.hidden_size)  # each expert, and its row of the router
+    if a.moe_shared_expert_intermediate_size:
+        mlp += (3 * a.moe_shared_expert_intermediate_size + 1) * a.hidden_size  # and its gate
     bias = (qkv if a.add_qkv_bias or a.add_bias_linear else 0) + 2 * a.hidden_size
     bias += 2 * a.kv_channels if a.qk_layernorm else 0
     embeddings = a.vocab_size * a.hidden_size * (1 if a.share_embeddings_and_output_weights else 2)
