@@ -46,6 +46,10 @@ class CheckpointError(UserError):
     """A Megatron checkpoint folder is incomplete, damaged or of another model."""
 
 
+class PrecisionError(UserError):
+    """A weight is too large for the type that was asked for."""
+
+
 class VerificationError(UserError):
     """Two models that must be the same are not; names tensor or layer. Nothing is published and nothing tried again.
 

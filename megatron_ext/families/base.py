@@ -1,12 +1,12 @@
 """What a model family declares, and the architecture that every stage reads from a checkpoint's manifest.
 
 Legend: V vocabulary, H hidden size, F ffn hidden size, M ffn hidden size of an expert, A query heads, G query groups,
-D head_dim, L layers, E experts.
+D head_dim, L layers, E experts, S ffn hidden size of the shared expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,6 +48,9 @@ class Architecture(Section):
     )
     num_moe_experts: int | None = Field(default=None, description="experts a layer; empty for a dense model")
     moe_ffn_hidden_size: int | None = Field(default=None, description="ffn hidden size of one expert, M")
+    moe_shared_expert_intermediate_size: int | None = Field(
+        default=None, description="ffn hidden size of an expert that every token is sent to, behind a sigmoid gate, S"
+    )
     moe_router_topk: int | None = Field(default=None, description="experts that a token is sent to")
     moe_router_pre_softmax: bool = Field(
         default=False,
@@ -59,7 +62,7 @@ class Architecture(Section):
     )
 
     def dims(self) -> dict[str, int]:
-        """Sizes by the letters of the legend, 2, and QKV: the query, key and value heads of all groups together."""
+        """Sizes by the letters of the legend, 1, 2, and QKV: the query, key and value heads of all groups together."""
         return {
             "V": self.vocab_size,
             "H": self.hidden_size,
@@ -71,6 +74,8 @@ class Architecture(Section):
             "QKV": self.num_attention_heads + 2 * self.num_query_groups,
             "E": self.num_moe_experts or 0,
             "M": self.moe_ffn_hidden_size or 0,
+            "S": self.moe_shared_expert_intermediate_size or 0,
+            "1": 1,
             "2": 2,
         }
 
@@ -131,6 +136,8 @@ class ModelFamily:
     """Keys that change nothing for this family, given what is required."""
     derived_weights: tuple[str, ...] = ()
     """Buffers that old files hold although the config determines them; not converted."""
+    idle_weights: tuple[Rule, ...] = ()
+    """Weights that the model has and nothing depends on: not converted, and zeros in an export."""
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -150,15 +157,9 @@ class ModelFamily:
 
     def plan(self, architecture: Architecture, layout: str | None = None) -> Iterator[Weight]:
         """Every weight of the model, outermost first, then layer by layer; ``layout`` None is the exports'."""
-        fields, dims = architecture.model_dump(), architecture.dims()
+        dims = architecture.dims()
         layout = layout or next(iter(self.layouts), None)
-        active = [
-            rule
-            for rule in self.weights
-            if (rule.layout in (None, layout))
-            and (rule.only_if is None or fields[rule.only_if])
-            and not (rule.skip_if and fields[rule.skip_if])
-        ]
+        active = [rule for rule in _applying(self.weights, architecture) if rule.layout in (None, layout)]
         yield from (_weight(rule, (), dims) for rule in active if "{i}" not in rule.mcore)
         for layer in range(architecture.num_layers):
             for rule in active:
@@ -166,6 +167,22 @@ class ModelFamily:
                     yield from (_weight(rule, (layer, expert), dims) for expert in range(dims["E"]))
                 elif "{i}" in rule.mcore:
                     yield _weight(rule, (layer,), dims)
+
+    def idle(self, architecture: Architecture) -> list[Part]:
+        """The tensors of ``idle_weights``, layer by layer."""
+        dims = architecture.dims()
+        rules = _applying(self.idle_weights, architecture)
+        return [part for i in range(dims["L"]) for rule in rules for part in _weight(rule, (i,), dims).parts]
+
+
+def _applying(rules: Iterable[Rule], architecture: Architecture) -> list[Rule]:
+    """The rules whose fields are set, or not set, as they say."""
+    fields = architecture.model_dump()
+    return [
+        rule
+        for rule in rules
+        if (rule.only_if is None or fields[rule.only_if]) and not (rule.skip_if and fields[rule.skip_if])
+    ]
 
 
 def _weight(rule: Rule, index: tuple[int, ...], dims: dict[str, int]) -> Weight:

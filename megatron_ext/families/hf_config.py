@@ -177,10 +177,17 @@ def _experts(family: ModelFamily, values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "num_moe_experts": experts,
         "moe_ffn_hidden_size": _size(values, "moe_intermediate_size", default=_size(values, "intermediate_size")),
+        "moe_shared_expert_intermediate_size": _shared_expert(values),
         "moe_router_topk": topk,
         "moe_router_pre_softmax": not normalised,
         "moe_aux_loss_coeff": float(values.get("router_aux_loss_coef") or 0.0),
     }
+
+
+def _shared_expert(values: Mapping[str, Any]) -> int | None:
+    """Size of the shared expert; None where it is 0 or the family has none."""
+    key = "shared_expert_intermediate_size"
+    return _size(values, key) if values.get(key) else None
 
 
 def _all_linear_biases(config: Mapping[str, Any]) -> bool:

@@ -42,6 +42,8 @@ def experts_config(architecture: Architecture, runtime: RuntimeConfig, fused: bo
     return dispatcher | {
         "num_moe_experts": architecture.num_moe_experts,
         "moe_ffn_hidden_size": architecture.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": architecture.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": architecture.moe_shared_expert_intermediate_size is not None,
         "moe_router_topk": architecture.moe_router_topk,
         "moe_router_pre_softmax": architecture.moe_router_pre_softmax,
         "moe_router_load_balancing_type": "none",
