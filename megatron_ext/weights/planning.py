@@ -49,6 +49,7 @@ def check_coverage(
     expected = hf_shapes(plan)
     layers = range(architecture.num_layers)
     derived = {name.format(i=i) for name in family.derived_weights for i in layers}
+    derived |= {part.name for part in family.idle(architecture)}
     surplus = {name for name in source.tensors if name not in expected and name not in derived}
     if architecture.share_embeddings_and_output_weights:
         surplus -= _tied_copies(family, source, surplus)
