@@ -10,6 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -20,6 +21,7 @@ import numpy as np
 from megatron_ext.folders import folder_lock, fsync_tree
 
 PLACE = "MFLOW_CACHE"
+NAMES = "names.txt"
 KEPT = 64
 """Entries of one kind that are kept; the longest unused go first."""
 
@@ -41,7 +43,8 @@ def kept(kind: str, key: str, make: Callable[[Path], None]) -> Path:
                 lock.unlink(missing_ok=True)
         _prune(home)
     with suppress(OSError):
-        os.utime(place)
+        now = time.time_ns()  # finer than the file system's own clock
+        os.utime(place, ns=(now, now))
     return place
 
 
@@ -49,11 +52,22 @@ def kept_arrays(kind: str, key: str, make: Callable[[], Mapping[str, np.ndarray]
     """Named arrays of the cache, memory-mapped, so that all processes of a machine share their pages."""
 
     def write(folder: Path) -> None:
-        for name, values in make().items():
+        arrays = make()
+        for name, values in arrays.items():
             np.save(folder / f"{name}.npy", values)
+        (folder / NAMES).write_text("\n".join(arrays), encoding="utf-8")
 
     folder = kept(kind, key, write)
-    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    try:
+        return _mapped(folder)
+    except (OSError, ValueError, EOFError):  # damaged from outside
+        shutil.rmtree(folder, ignore_errors=True)
+        return _mapped(kept(kind, key, write))
+
+
+def _mapped(folder: Path) -> dict[str, np.ndarray]:
+    names = (folder / NAMES).read_text(encoding="utf-8").split()
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 
 
 def _make(place: Path, make: Callable[[Path], None]) -> None:

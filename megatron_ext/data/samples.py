@@ -148,19 +148,19 @@ class PreferencePairs:
         sides = zip(self.tokens, self.masks, strict=True)
         return Pair(*(Answer(t[number][:length], m[number][:length].astype(bool)) for t, m in sides))
 
-    def trained_tokens(self, length: int) -> np.ndarray:
-        """(N, 2) trained labels of both answers when cut to ``length`` tokens; pairs with a 0 teach nothing."""
-        return np.stack([trained_labels(mask, np.minimum(mask.lengths, length)) for mask in self.masks], axis=1)
+    def trainable(self, length: int) -> np.ndarray:
+        """(N,) bool: whether both answers have a trained label when cut to ``length`` tokens."""
+        return np.logical_and(*(has_trained_label(mask, np.minimum(mask.lengths, length)) for mask in self.masks))
 
 
-def trained_labels(mask: Idxmap, kept: np.ndarray) -> np.ndarray:
-    """(N,) trained tokens among the first ``kept`` of each document; the first token has no predecessor."""
+def has_trained_label(mask: Idxmap, kept: np.ndarray) -> np.ndarray:
+    """(N,) bool: whether a token among the first ``kept`` of each document is trained; the first has no predecessor."""
     kept = np.asarray(kept, dtype=np.int64)
     starts = mask.starts + 1
     bounds = np.stack([starts, np.maximum(mask.starts + kept, starts)], axis=1).ravel()
     bounds = bounds[: np.searchsorted(bounds, len(mask.values))]  # what starts at the end of the file is empty
-    sums = np.zeros(len(kept), dtype=np.int64)
+    found = np.zeros(len(kept), dtype=bool)
     if len(bounds):
-        counted = np.add.reduceat(mask.values, bounds, dtype=np.int64)[::2]
-        sums[: len(counted)] = counted
-    return np.where(kept > 1, sums, 0)
+        largest = np.maximum.reduceat(mask.values, bounds)[::2]
+        found[: len(largest)] = largest > 0
+    return found & (kept > 1)

@@ -18,7 +18,7 @@ from megatron_ext.config import Section, TrainConfig
 from megatron_ext.data import splits
 from megatron_ext.data.datasets import Dataset, Pool, open_dataset
 from megatron_ext.data.packing import Packing, pack, separate
-from megatron_ext.data.samples import TextStream, text_stream, trained_labels
+from megatron_ext.data.samples import TextStream, has_trained_label, text_stream
 from megatron_ext.errors import DatasetFormatError
 
 VERSION = 1
@@ -135,7 +135,7 @@ def _chat(dataset: Dataset, choice: Choice) -> Arrays:
     side = _side(dataset, choice)
     long, drop = lengths > choice.seq_length, choice.overlong == "drop"
     kept = np.minimum(lengths, choice.seq_length)
-    trained = trained_labels(mask, kept) > 0
+    trained = has_trained_label(mask, kept)
     chosen = side & trained & ~(long & drop)
     counts = [
         0 if drop else int((side & long & trained).sum()),

@@ -64,22 +64,6 @@ def test_each_share_is_met_to_within_one_sample_at_every_moment(weights: list[fl
         assert number[which == place].tolist() == list(range((which == place).sum()))
 
 
-def test_it_follows_the_weights_as_closely_as_megatron_core() -> None:
-    from megatron.core.datasets import helpers
-
-    weights = np.asarray([0.5, 0.3, 0.15, 0.05])
-    theirs, within = np.zeros(2000, dtype=np.int16), np.zeros(2000, dtype=np.int64)
-    helpers.build_blending_indices(theirs, within, weights.tolist(), 4, 2000, False)
-    ours, _ = turns(weights.tolist(), 0, 2000)
-
-    def worst(which: np.ndarray) -> float:
-        counts = np.stack([np.cumsum(which == place) for place in range(4)], axis=1)
-        return float(np.abs(counts - np.arange(1, 2001)[:, None] * weights).max())
-
-    assert worst(ours) <= worst(theirs)
-    assert np.bincount(ours).tolist() == np.bincount(theirs).tolist()
-
-
 def test_any_stretch_of_a_blend_is_known_without_what_came_before() -> None:
     sizes, weights = [7, 40, 3], [0.2, 0.7, 0.1]
     whole = sample_order(sizes, weights, 500, seed=3)
