@@ -1,8 +1,9 @@
 """megatron-core on a CPU in processes of its own (the platform redirects torch.cuda): ``mcore_worker.py JOB.json``.
 
-The job is a list of steps {"checkpoint", "tp"?, "pp"?, "ep"?, "tokens"?: file, "logits"?: file, "save"?: folder}: load
-the checkpoint into the model that training builds, then answer with the logits of the tokens (B, T) -> (B, T, V), or
-save its weights into an empty folder.
+The job is a list of steps {"checkpoint", "tp"?, "pp"?, "ep"?, "save"?: folder, "save_ranks"?: folder, "load_ranks"?:
+folder, "tokens"?: file, "logits"?: file}: load the checkpoint into the model that training builds, then, in this order,
+save its weights into an empty folder, as torch_dist or as Megatron-LM saves each rank's; load the files of ranks,
+strictly; answer with the logits of the tokens (B, T) -> (B, T, V).
 """
 
 import json
@@ -77,13 +78,35 @@ def run_step(step: dict, platform) -> None:
     )
     model = build_model(read_manifest(checkpoint).architecture, train, runtime, platform).eval()
     load_weights(model, checkpoint)
+    if "save" in step:
+        groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        dist_checkpointing.save(model.sharded_state_dict(metadata=groups), step["save"])
+    if "save_ranks" in step and parallel_state.get_expert_data_parallel_rank() == 0:
+        file = file_of_rank(Path(step["save_ranks"]))
+        file.parent.mkdir(parents=True)
+        torch.save({"model": model.state_dict_for_save_checkpoint(), "checkpoint_version": 3.0}, file)
+    if "load_ranks" in step:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        state = torch.load(file_of_rank(Path(step["load_ranks"])), weights_only=False)
+        model.load_state_dict(state["model"], strict=True)
     if "logits" in step:
         logits = forward(model, torch.load(step["tokens"]))
         if logits is not None:
             torch.save(logits, step["logits"])
-    if "save" in step:
-        groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-        dist_checkpointing.save(model.sharded_state_dict(metadata=groups), step["save"])
+
+
+def file_of_rank(folder: Path) -> Path:
+    """The file of this rank, named as ``get_checkpoint_name`` of Megatron-LM does."""
+    from megatron.core import parallel_state as mpu
+
+    name = f"mp_rank_{mpu.get_tensor_model_parallel_rank():02d}"
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
+        name += f"_{mpu.get_pipeline_model_parallel_rank():03d}"
+    if mpu.get_expert_model_parallel_world_size() > 1:
+        name += f"_{mpu.get_expert_model_parallel_rank():03d}"
+    return folder / name / "model_optim_rng.pt"
 
 
 def forward(model, tokens):
