@@ -1,4 +1,4 @@
-"""A checkpoint that megatron-core saved at any tensor- and pipeline-parallel size exports to the same weights."""
+"""megatron-core loads a checkpoint at any parallel size and answers alike; what it saves exports to the same weights."""
 
 import json
 
@@ -14,52 +14,96 @@ from megatron_ext.weights.export import export
 from megatron_ext.weights.manifest import read_manifest, write_latest, write_manifest
 from megatron_ext.weights.torch_dist import TorchDistReader
 
-LAYOUTS = {"tp 1": (1, 1), "tp 2": (2, 1), "pp 2": (1, 2)}
+LAYOUTS = {"one": {}, "tp 2": {"tp": 2}, "pp 2": {"pp": 2}, "ep 2": {"ep": 2}, "tp 2, ep 2": {"tp": 2, "ep": 2}}
 MODELS = {
     "llama, odd vocabulary": {"vocab_size": 509},
-    "qwen2 tied": {"tie_word_embeddings": True},
-}
+    "qwen2 tied, window from layer 2 on": {
+        "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2
+    },
+    "mistral, window": {"sliding_window": 17},
+    "mixtral, odd vocabulary": {"vocab_size": 509},
+    "qwen3_moe, stacked experts": {"stacked_experts": True},
+}  # fmt: skip
+EXPERTS = [case for case in MODELS if case.startswith(("mixtral", "qwen3_moe"))]
+TWO = [(case, name) for case in MODELS for name in ("one", "tp 2", "pp 2", "ep 2") if case in EXPERTS or name != "ep 2"]
+FOUR = [(case, "tp 2, ep 2") for case in EXPERTS]
+
+
+def save_again(tmp, cases, processes: int) -> None:
+    """Convert the models, answer, and save again as iteration 7 of each layout with megatron-core."""
+    torch.save(torch.randint(0, 500, (2, 64), generator=torch.Generator().manual_seed(1)), tmp / "tokens.pt")
+    steps = []
+    for case, layout in cases:
+        converted, folder = tmp / case / "converted", tmp / case / layout
+        if not converted.exists():
+            converted.mkdir(parents=True)
+            model = write_model(tmp / case / "hf", case.split()[0].strip(","), **MODELS[case])
+            convert(model, converted, dtype=None, events=Events())
+        (folder / "iter_0000007").mkdir(parents=True)
+        write_manifest(folder, read_manifest(converted).model_copy(update={"iteration": 7}))
+        write_latest(folder, 7)
+        files = {"tokens": tmp / "tokens.pt", "logits": folder / "logits.pt", "save": folder / "iter_0000007"}
+        step = {"checkpoint": str(converted), **LAYOUTS[layout]}
+        steps.append(step | {name: str(path) for name, path in files.items()})
+    run_worker(steps, tmp, processes)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Each model, converted, and saved again by megatron-core as iteration 7 of each layout."""
+    """Every model under every layout that two processes can have."""
     tmp = tmp_path_factory.mktemp("layouts")
-    steps = []
-    for number, (case, overrides) in enumerate(MODELS.items()):
-        model = write_model(tmp / case / "hf", case.split()[0].strip(","), seed=number, **overrides)
-        converted = tmp / case / "converted"
-        converted.mkdir()
-        convert(model, converted, dtype=None, events=Events())
-        for layout, (tp, pp) in LAYOUTS.items():
-            folder = tmp / case / layout
-            (folder / "iter_0000007").mkdir(parents=True)
-            write_manifest(folder, read_manifest(converted).model_copy(update={"iteration": 7}))
-            write_latest(folder, 7)
-            steps.append({"checkpoint": str(converted), "tp": tp, "pp": pp, "save": str(folder / "iter_0000007")})
-    run_worker(steps, tmp, processes=2)
+    save_again(tmp, TWO, processes=2)
     return tmp
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", MODELS)
-def test_export_of_any_layout_gives_back_the_source_bit_for_bit(checkpoints, case, layout, tmp_path):
-    model, checkpoint = checkpoints / case / "hf", checkpoints / case / layout
-    export(checkpoint, model, tmp_path, dtype=None, events=Events(), max_shard_size=100_000)
-    exported = {name: t for path in tmp_path.glob("*.safetensors") for name, t in load_file(path).items()}
+def assert_same_logits(folder, case: str, layout: str) -> None:
+    rows = MODELS[case].get("vocab_size", 512)
+    one, split = (torch.load(folder / case / name / "logits.pt")[..., :rows] for name in ("one", layout))
+    assert one.abs().max() > 1
+    torch.testing.assert_close(split, one, rtol=0, atol=1e-5)
+
+
+def assert_exports_to_its_source(folder, case: str, layout: str, out) -> None:
+    model, checkpoint = folder / case / "hf", folder / case / layout
+    export(checkpoint, model, out, dtype=None, events=Events(), max_shard_size=100_000)
+    exported = {name: t for path in out.glob("*.safetensors") for name, t in load_file(path).items()}
     source = load_file(model / "model.safetensors")
     assert exported.keys() == source.keys()
     assert [name for name in source if not torch.equal(source[name], exported[name])] == []
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == source.keys()
 
 
 @pytest.mark.distributed
-def test_tensor_parallel_checkpoints_of_this_test_are_really_split_and_padded(checkpoints):
+@pytest.mark.parametrize(("case", "layout"), TWO)
+def test_export_of_any_layout_gives_back_the_source_bit_for_bit(checkpoints, case, layout, tmp_path):
+    assert_exports_to_its_source(checkpoints, case, layout, tmp_path)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("case", "layout"), [pair for pair in TWO if pair[1] != "one"])
+def test_logits_are_those_of_one_process(checkpoints, case, layout):
+    assert_same_logits(checkpoints, case, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_experts_split_by_tensor_and_expert_parallelism_together(tmp_path):
+    save_again(tmp_path, [(case, "one") for case in EXPERTS] + FOUR, processes=4)
+    for number, (case, layout) in enumerate(FOUR):
+        assert_same_logits(tmp_path, case, layout)
+        out = tmp_path / f"export {number}"
+        out.mkdir()
+        assert_exports_to_its_source(tmp_path, case, layout, out)
+
+
+@pytest.mark.distributed
+def test_checkpoints_of_this_test_are_really_split_and_padded(checkpoints):
     reader = TorchDistReader(checkpoints / "llama, odd vocabulary" / "tp 2" / "iter_0000007")
     assert reader.shapes["embedding.word_embeddings.weight"] == (512, 64)
     assert len(reader._chunks["decoder.layers.mlp.linear_fc1.weight"]) == 4 * 4  # layers x (gate, up) x tp
+    experts = TorchDistReader(checkpoints / "mixtral, odd vocabulary" / "tp 2" / "iter_0000007")
+    assert len(experts._chunks["decoder.layers.mlp.experts.experts.linear_fc1.weight"]) == 4 * 4 * 4
 
 
 def test_weights_load_without_the_objects_that_transformer_engine_keeps_beside_them(tmp_path, monkeypatch):
