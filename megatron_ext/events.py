@@ -1,6 +1,6 @@
 """Progress and metrics of a running job as JSON lines, one event a line.
 
-Events: ``progress`` (done, total, unit), ``metrics`` (step and values), ``note`` (text), ``ranks`` (pids of a
+Events: ``progress`` (done, total, unit, rate), ``metrics`` (step and values), ``note`` (text), ``ranks`` (pids of a
 training's processes), ``checkpoint`` (step that was saved), ``interrupted`` (step saved before stopping),
 ``error`` (type, message, exit_code), ``result`` (the job's summary). The flow turns them into Prefect artifacts,
 the command line into a bar, the report into plots.
@@ -37,9 +37,11 @@ class Events:
             self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
             self._file.flush()
 
-    def progress(self, done: int, total: int | None, unit: str) -> None:
-        """``done`` of ``total`` ``unit`` (bytes, documents, tokens, steps); ``total`` None when unknown."""
-        self.emit("progress", done=done, total=total, unit=unit)
+    def progress(self, done: int, total: int | None, unit: str, rate: float | None = None) -> None:
+        """``done`` of ``total`` ``unit`` (bytes, documents, tokens, steps); ``total`` None when unknown; ``rate`` in
+        units a second, where the job measures it.
+        """
+        self.emit("progress", done=done, total=total, unit=unit, **({} if rate is None else {"rate": round(rate)}))
 
     def note(self, text: str) -> None:
         """A sentence for the person who watches."""

@@ -16,7 +16,6 @@ from megatron_ext.config import UpcycleConfig, VerifyLevel, VocabInit, validated
 from megatron_ext.data.chat_templates import own_template
 from megatron_ext.errors import ConfigError, unknown
 from megatron_ext.events import Events
-from megatron_ext.families.base import Weight
 from megatron_ext.folders import emptied_on_failure, require_space
 from megatron_ext.hf_folder import read_config, tokenizer_digest
 from megatron_ext.weights.changes import ModelChanges, changes_of
@@ -27,10 +26,12 @@ from megatron_ext.weights.manifest import (
     write_latest,
     write_manifest,
 )
+from megatron_ext.weights.pipeline import write_checkpoint
 from megatron_ext.weights.planning import checkpoint_dtypes
 from megatron_ext.weights.sources import Source, read_source
-from megatron_ext.weights.streams import PIECE_BYTES, CheckpointWriter, HFReader, gathered, row_blocks, stored_bytes
-from megatron_ext.weights.torch_dist import BLOB_OVERHEAD, TorchDistWriter
+from megatron_ext.weights.step_zero import check_noise, receipt
+from megatron_ext.weights.streams import stored_bytes
+from megatron_ext.weights.torch_dist import BLOB_OVERHEAD, CHUNK_BYTES, TorchDistWriter
 from megatron_ext.weights.verify import check_level, gate
 
 
@@ -73,6 +74,7 @@ def convert(
     """
     if dtype is not None and dtype not in SHORT:
         raise ConfigError(unknown("dtype", dtype, SHORT))
+    check_noise(upcycle, verify)
     changes = changes_of(read_config(model), extra_vocab_size, extra_vocab_init, upcycle)
     source = read_source(model, changes)
     check_level(verify, source.architecture, platform)
@@ -81,12 +83,15 @@ def convert(
     total = stored_bytes(plan, dtypes)
     manifest = _manifest(model, source, changes, dtypes, keep_own=dtype is None)
     with emptied_on_failure(out):
-        require_space(out, total + BLOB_OVERHEAD * (6 * len(plan) + total // PIECE_BYTES), "the converted checkpoint")
-        writer = TorchDistWriter(iteration_folder(out, "release"), source.architecture)
-        _write_weights(writer, plan, reader, dtypes, events, total)
+        require_space(out, total + BLOB_OVERHEAD * (6 * len(plan) + total // CHUNK_BYTES), "the converted checkpoint")
+        writer = TorchDistWriter(iteration_folder(out, "release"), plan, dtypes, source.architecture)
+        write_checkpoint(writer, plan, reader, dtypes, events)
         write_manifest(out, manifest)
         write_latest(out, "release")
         verified = gate(verify, checkpoint=out, model=model, made=out, events=events, platform=platform)
+        upcycled = {}
+        if upcycle:
+            upcycled = upcycle.model_dump() | receipt(out, model, verified["verified"], dtypes, events, platform)
     parameters = sum(prod(shape) for shape in {w.key: w.shape for w in plan}.values())
     return {
         "family": manifest.family,
@@ -94,28 +99,9 @@ def convert(
         "bytes": total,
         "dtype": manifest.dtype,
         "vocab_size": manifest.vocab_size,
-        **({"upcycle": upcycle.model_dump()} if upcycle else {}),
+        **({"upcycle": upcycled} if upcycle else {}),
         **verified,
     }
-
-
-def _write_weights(
-    writer: CheckpointWriter,
-    plan: list[Weight],
-    source: HFReader,
-    dtypes: Mapping[str, torch.dtype],
-    events: Events,
-    total: int,
-) -> None:
-    done = 0
-    for weight in plan:
-        dtype = dtypes[weight.key]
-        for start, count in row_blocks(weight, dtype):
-            rows = gathered(weight, source, start, count, dtype)
-            writer.write(weight, start, rows)
-            done += rows.nbytes
-        events.progress(done, total, "bytes")
-    writer.close()
 
 
 def _manifest(

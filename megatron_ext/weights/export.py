@@ -21,11 +21,13 @@ from megatron_ext.families import find_family
 from megatron_ext.families.base import Weight
 from megatron_ext.folders import emptied_on_failure, require_space
 from megatron_ext.hf_folder import read_config, tokenizer_digest
-from megatron_ext.weights.hf import CONFIG_NAMES, SHORT, SafetensorsWriter, TensorInfo, short_name
+from megatron_ext.weights.hf import CONFIG_NAMES, SHORT, TensorInfo, short_name
+from megatron_ext.weights.hf_writer import SafetensorsWriter
 from megatron_ext.weights.manifest import CheckpointManifest, latest_folder, read_manifest
+from megatron_ext.weights.pipeline import write_model
 from megatron_ext.weights.planning import check_stored, hf_shapes
 from megatron_ext.weights.sources import descends
-from megatron_ext.weights.streams import CheckpointReader, bounded, row_bytes
+from megatron_ext.weights.streams import CheckpointReader
 from megatron_ext.weights.torch_dist import TorchDistReader
 from megatron_ext.weights.verify import check_level, gate
 
@@ -78,7 +80,9 @@ def export(
     total = sum(info.nbytes for info in tensors.values())
     with emptied_on_failure(out):
         require_space(out, total + (64 << 20), "the exported model")
-        _write_weights(out, plan, source, tensors, max_shard_size, events, total)
+        writer = SafetensorsWriter(out, tensors, max_shard_size)
+        write_model(writer, plan, source, tensors, events)
+        source.close()
         copied = copy_companions(model, out)
         if descends(manifest, config, checkpoint, model):
             write_json(out / "config.json", manifest.hf_config)
@@ -124,28 +128,6 @@ def planned_tensors(
         name: TensorInfo(SHORT[dtype] if dtype else own.get(name, stored[name]), shape)
         for name, shape in hf_shapes(plan).items()
     }
-
-
-def _write_weights(
-    out: Path,
-    plan: list[Weight],
-    source: CheckpointReader,
-    tensors: Mapping[str, TensorInfo],
-    max_shard_size: int,
-    events: Events,
-    total: int,
-) -> None:
-    done = 0
-    writer = SafetensorsWriter(out, tensors, max_shard_size)
-    for weight in plan:
-        for move in bounded(weight.moves, row_bytes(weight.own_shape, source.dtypes[weight.key])):
-            part = weight.parts[move.part]
-            rows = source.rows(weight, move.target, move.rows).to(tensors[part.name].dtype)
-            writer.write(part, move.source, rows)
-            done += rows.nbytes
-        events.progress(done, total, "bytes")
-    writer.close()
-    source.close()
 
 
 def copy_companions(model: Path, out: Path) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import os
 import threading
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -23,41 +25,93 @@ class PlacedFile:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
-        self._file = path.open("wb", buffering=0)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._closed = weakref.finalize(self, os.close, self._descriptor)
         self._lock = threading.Lock()
-        self._pending = 0
-        _reserve(self._file.fileno(), size)
+        self._pending = False
+        _reserve(self._descriptor, size)
 
     def put(self, offset: int, content: bytes | torch.Tensor) -> None:
         """Write bytes, or a tensor's elements in their order, at ``offset``; any number of threads may."""
         view = memoryview(_bytes_of(content) if isinstance(content, torch.Tensor) else content)
         while view:
-            written = os.pwrite(self._file.fileno(), view, offset)
+            written = os.pwrite(self._descriptor, view, offset)
             view, offset = view[written:], offset + written
         with self._lock:
-            self._pending += 1
+            self._pending = True
 
     def sync(self) -> None:
         """Wait until what was put before this call is on the disk; others may go on putting."""
         with self._lock:
-            pending, self._pending = self._pending, 0
+            pending, self._pending = self._pending, False
         if pending:
-            os.fdatasync(self._file.fileno())
+            os.fdatasync(self._descriptor)
 
     def close(self) -> None:
         """End the file; no thread may be putting."""
-        self._file.close()
+        self._closed()
 
 
-def read_at(descriptor: int, offset: int, out: torch.Tensor) -> bool:
-    """Fill ``out``, which is contiguous, from ``offset`` of an open file; False if the file ends before."""
-    view = memoryview(_bytes_of(out))
-    while view:
-        count = os.preadv(descriptor, [view], offset)
-        if count == 0:
-            return False
-        view, offset = view[count:], offset + count
-    return True
+class OpenFile:
+    """A file that any number of threads read at offsets.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._closed = weakref.finalize(self, os.close, self._descriptor)
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def fill(self, offset: int, out: torch.Tensor) -> None:
+        """Read the elements of ``out``, which is contiguous, from ``offset`` on.
+
+        Raises:
+            EOFError: the file ends before.
+        """
+        view = memoryview(_bytes_of(out))
+        while view:
+            count = os.preadv(self._descriptor, [view], offset)
+            if count == 0:
+                raise EOFError(f"it ends at byte {offset}")
+            view, offset = view[count:], offset + count
+
+    def bytes(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` on, or fewer at the file's end."""
+        return os.pread(self._descriptor, length, offset)
+
+    def section(self, offset: int, length: int) -> BinaryIO:
+        """``length`` bytes from ``offset`` on, as a file of their own."""
+        return io.BufferedReader(_Section(self._descriptor, offset, length))
+
+    def close(self) -> None:
+        """End reading; no thread may be reading."""
+        self._closed()
+
+
+class _Section(io.RawIOBase):
+    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        super().__init__()
+        self._descriptor, self._offset, self._length, self._place = descriptor, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._place)]
+        count = os.preadv(self._descriptor, [view], self._offset + self._place)
+        self._place += count
+        return count
 
 
 def _bytes_of(tensor: torch.Tensor) -> Any:

@@ -13,7 +13,7 @@ from megatron_ext.errors import CheckpointError, SourceError, WeightMappingError
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture, ModelFamily, Weight
 from megatron_ext.families.hf_config import read_architecture
-from megatron_ext.weights.hf import SHORT, SafetensorsReader
+from megatron_ext.weights.hf import SHORT, SafetensorsReader, same_tensor
 from megatron_ext.weights.streams import CheckpointReader
 
 TRAINING_STATE = ("optimizer.", "chained_")
@@ -100,7 +100,7 @@ def _tied_copies(family: ModelFamily, source: SafetensorsReader, surplus: set[st
     embedding = next(rule.hf[0] for rule in family.weights if rule.mcore == "embedding.word_embeddings.weight")
     copies = {rule.hf[0] for rule in tied} & surplus
     for name in copies:
-        if embedding in source.tensors and not torch.equal(source.get(name), source.get(embedding)):
+        if embedding in source.tensors and not same_tensor(source, name, embedding):
             raise WeightMappingError(
                 f"{name} differs from {embedding}, but config.json says tie_word_embeddings true; set it to false"
             )

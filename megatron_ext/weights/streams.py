@@ -19,7 +19,8 @@ class HFReader(Protocol):
     """Gives rows of Hugging Face weights; several threads may ask at once, for pieces of a few megabytes."""
 
     def rows(self, part: Part, start: int, count: int) -> torch.Tensor:
-        """``count`` rows of ``part`` from ``start`` on; backed by the file where that is possible."""
+        """``count`` rows of ``part`` from ``start`` on; a tensor of their own."""
+        ...
 
 
 class CheckpointReader(Protocol):
@@ -30,6 +31,7 @@ class CheckpointReader(Protocol):
 
     def rows(self, weight: Weight, start: int, count: int) -> torch.Tensor:
         """``count`` rows of ``weight``, of its layer and expert, from ``start`` on."""
+        ...
 
     def close(self) -> None:
         """Let go of the files."""
@@ -49,6 +51,19 @@ class CheckpointWriter(Protocol):
 
     def close(self) -> None:
         """Finish the checkpoint; before that a reader refuses it."""
+
+
+class HFWriter(Protocol):
+    """Takes rows of Hugging Face weights: each row once, in any order, from several threads at once."""
+
+    def write(self, part: Part, start: int, rows: torch.Tensor) -> None:
+        """The rows of ``part`` from ``start`` on."""
+
+    def sync(self) -> None:
+        """Wait until what was written before this call is on the disk, while other threads go on writing."""
+
+    def close(self) -> None:
+        """Check that everything came, and finish."""
 
 
 def row_blocks(weight: Weight, dtype: torch.dtype, most: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:

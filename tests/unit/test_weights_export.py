@@ -15,7 +15,8 @@ from megatron_ext.events import Events
 from megatron_ext.families.base import Part
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
-from megatron_ext.weights.hf import SafetensorsWriter, TensorInfo
+from megatron_ext.weights.hf import TensorInfo
+from megatron_ext.weights.hf_writer import SafetensorsWriter
 from megatron_ext.weights.manifest import read_manifest, write_latest, write_manifest
 from megatron_ext.weights.torch_dist import TorchDistReader, TorchDistWriter
 
@@ -153,13 +154,14 @@ def test_damaged_metadata_is_named(name, place):
 def test_optimizer_state_beside_the_weights_is_not_exported(place):
     release = place / "checkpoint" / "release"
     source = TorchDistReader(release)
-    writer = TorchDistWriter(place / "checkpoint" / "iter_0000003", read_manifest(place / "checkpoint").architecture)
-    for key, shape in source.shapes.items():
-        for name, value in (
-            (key, source.read(key, (0,) * len(shape), shape)),
-            (f"optimizer.{key}", torch.zeros(shape)),
-        ):
-            writer.write(bare_weight(name, shape), 0, value)
+    values = {key: source.read(key, (0,) * len(shape), shape) for key, shape in source.shapes.items()}
+    values |= {f"optimizer.{key}": torch.zeros(shape) for key, shape in source.shapes.items()}
+    plan = [bare_weight(key, tuple(value.shape)) for key, value in values.items()]
+    dtypes = {key: value.dtype for key, value in values.items()}
+    architecture = read_manifest(place / "checkpoint").architecture
+    writer = TorchDistWriter(place / "checkpoint" / "iter_0000003", plan, dtypes, architecture)
+    for weight in plan:
+        writer.write(weight, 0, values[weight.key])
     writer.close()
     shutil.rmtree(release)
     write_latest(place / "checkpoint", 3)

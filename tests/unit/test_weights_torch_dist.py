@@ -1,18 +1,30 @@
 """The streaming torch_dist writer and reader, alone."""
 
+import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from bare import bare_model, bare_weight
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_ext.errors import CheckpointError
 from megatron_ext.families.base import Architecture
-from megatron_ext.weights.torch_dist import TorchDistReader, TorchDistWriter
+from megatron_ext.weights import torch_dist
+from megatron_ext.weights.torch_dist import FORMAT, TorchDistReader, TorchDistWriter
 
 PEAK = """
 import json, sys, threading, time
@@ -56,42 +68,87 @@ def architecture(layers: int = 1) -> Architecture:
 
 def write(folder: Path, value: torch.Tensor, rows: int) -> Path:
     """A checkpoint of one tensor, stacked by its first axis, in chunks of ``rows`` rows."""
-    writer = TorchDistWriter(folder, architecture())
-    for layer in range(len(value)):
-        weight = bare_weight("weight", tuple(value.shape), (layer,))
+    plan = [bare_weight("weight", tuple(value.shape), (layer,)) for layer in range(len(value))]
+    writer = TorchDistWriter(folder, plan, {"weight": value.dtype}, architecture())
+    for layer, weight in enumerate(plan):
         for start in range(0, value.shape[1], rows):
             writer.write(weight, start, value[layer, start : start + rows])
     writer.close()
     return folder
 
 
-@pytest.mark.parametrize("rows", [1, 4, 6])
-def test_any_region_reads_back_from_any_chunks(rows, tmp_path):
-    value = torch.randn(10, 6, 5)
-    reader = TorchDistReader(write(tmp_path / "c", value, rows))
-    assert reader.shapes == {"weight": (10, 6, 5)}
-    for start, shape in [
-        ((0, 0, 0), (10, 6, 5)),
-        ((4, 0, 0), (1, 6, 5)),
-        ((2, 1, 3), (5, 4, 2)),
-        ((9, 5, 4), (1, 1, 1)),
-    ]:
+def save_by_hand(folder: Path, value: torch.Tensor, boxes: list[tuple[slice, ...]], save=torch.save) -> Path:
+    """A checkpoint of one tensor in any chunks, each written by ``save``, as another program might write it."""
+    folder.mkdir()
+    entry, storage = TensorStorageMetadata(TensorProperties(value.dtype), value.shape, []), {}
+    with (folder / "__3_1.distcp").open("wb") as file:
+        for box in boxes:
+            start, place = file.tell(), torch.Size(part.start for part in box)
+            save(value[box].clone(), file)
+            entry.chunks.append(ChunkStorageMetadata(place, value[box].shape))
+            storage[MetadataIndex("weight", place)] = _StorageInfo("__3_1.distcp", start, file.tell() - start)
+    (folder / "metadata.json").write_text(json.dumps(FORMAT))
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata({"weight": entry}, storage_data=storage)))
+    return folder
+
+
+def without_new_records(value: torch.Tensor, file: BinaryIO) -> None:
+    """As torch before 2.1 saved: no byte order."""
+    with torch.serialization._open_zipfile_writer(file) as archive:
+        torch.serialization._save(value, archive, pickle, 2, True)
+
+
+REGIONS = [((0, 0, 0), (10, 6, 5)), ((4, 0, 0), (1, 6, 5)), ((2, 1, 3), (5, 4, 2)), ((9, 5, 4), (1, 1, 1))]
+
+
+def assert_regions(reader: TorchDistReader, value: torch.Tensor) -> None:
+    for start, shape in REGIONS:
         box = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
         assert torch.equal(reader.read("weight", start, shape), value[box])
 
 
-def test_writer_stores_only_the_rows_that_it_was_given(tmp_path):
-    value = torch.zeros(1000, 1000)
-    writer = TorchDistWriter(tmp_path / "c", architecture())
-    writer.write(bare_weight("weight", (1, 1000)), 0, value[:1])
+@pytest.mark.parametrize("chunk_bytes", [1, 48, 1 << 20])
+@pytest.mark.parametrize("rows", [1, 4, 6])
+def test_any_region_reads_back_from_any_pieces_and_chunks(rows, chunk_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_dist, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(torch_dist, "MAX_FILE_BYTES", 20_000)
+    value = torch.randn(10, 6, 5)
+    reader = TorchDistReader(write(tmp_path / "c", value, rows))
+    assert reader.shapes == {"weight": (10, 6, 5)}
+    assert_regions(reader, value)
+
+
+@pytest.mark.parametrize("save", [torch.save, without_new_records])
+def test_chunks_that_are_cut_along_any_axis_are_read_as_torch_saved_them(save, tmp_path):
+    value = torch.randn(10, 6, 5)
+    cuts = [[slice(0, 3), slice(3, 10)], [slice(0, 6)], [slice(0, 2), slice(2, 5)]]
+    reader = TorchDistReader(save_by_hand(tmp_path / "c", value, list(itertools.product(*cuts)), save))
+    assert_regions(reader, value)
+    assert bool(reader._loaded) == (save is not torch.save), "read piece by piece where that is possible"
+
+
+def test_rows_may_come_in_any_order(tmp_path):
+    value = torch.randn(1, 6, 5)
+    weight = bare_weight("weight", (1, 6, 5), (0,))
+    writer = TorchDistWriter(tmp_path / "c", [weight], {"weight": value.dtype}, architecture())
+    for start in (4, 0, 2):
+        writer.write(weight, start, value[0, start : start + 2])
     writer.close()
-    assert (tmp_path / "c" / "__0_0.distcp").stat().st_size < 20_000
+    assert torch.equal(TorchDistReader(tmp_path / "c").rows(weight, 0, 6), value[0])
+
+
+def test_a_checkpoint_whose_rows_did_not_all_come_is_a_crash_and_no_checkpoint(tmp_path):
+    weight = bare_weight("weight", (4, 2))
+    writer = TorchDistWriter(tmp_path / "c", [weight], {"weight": torch.float32}, architecture())
+    writer.write(weight, 0, torch.ones(2, 2))
+    with pytest.raises(ValueError, match="weight"):
+        writer.close()
+    with pytest.raises(CheckpointError, match="metadata"):
+        TorchDistReader(tmp_path / "c")
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path):
-    writer = TorchDistWriter(tmp_path / "c", architecture())
-    writer.write(bare_weight("weight", (4, 2)), 0, torch.ones(2, 2))
-    writer.close()
+    save_by_hand(tmp_path / "c", torch.ones(4, 2), [(slice(0, 2), slice(0, 2))])
     with pytest.raises(CheckpointError, match="only a part of weight"):
         TorchDistReader(tmp_path / "c").read("weight", (0, 0), (4, 2))
 
