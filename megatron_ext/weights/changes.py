@@ -10,6 +10,7 @@ from pydantic import Field
 from megatron_ext.config import ModelConfig, Section, UpcycleConfig, VocabInit
 from megatron_ext.families import find_family
 from megatron_ext.families.hf_config import read_architecture
+from megatron_ext.weights.certificate import LogitsFigures
 from megatron_ext.weights.upcycle import upcycled_config
 
 
@@ -20,6 +21,9 @@ class ModelChanges(Section):
     extra_vocab_size: int = 0
     extra_vocab_init: VocabInit = "mean"
     upcycle: UpcycleConfig | None = None
+    step_zero: LogitsFigures | None = Field(
+        default=None, description="how near the upcycled model's logits are to those of its source before any training"
+    )
 
 
 def changes_of(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_ext.families import find_family
 from megatron_ext.families.base import Weight
 from megatron_ext.folders import emptied_on_failure, require_space
 from megatron_ext.hf_folder import read_config, tokenizer_digest
+from megatron_ext.weights.certificate import CERTIFICATE
 from megatron_ext.weights.hf import CONFIG_NAMES, SHORT, TensorInfo, short_name
 from megatron_ext.weights.hf_writer import SafetensorsWriter
 from megatron_ext.weights.manifest import CheckpointManifest, latest_folder, read_manifest
@@ -33,6 +35,8 @@ from megatron_ext.weights.verify import check_level, gate
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 """Files that hold the source's weights in some format; the export holds its own."""
+NOT_COPIED = ("README.md", CERTIFICATE)
+"""What is said of the source and not of the export."""
 
 
 def run(job: Any, events: Events) -> dict[str, Any]:
@@ -77,10 +81,14 @@ def export(
     source = TorchDistReader(latest_folder(checkpoint))
     check_stored(plan, source, checkpoint)
     tensors = planned_tensors(plan, source, manifest, dtype)
+    idle = find_family(manifest.family).idle(manifest.architecture)
+    tensors |= {part.name: TensorInfo(next(iter(tensors.values())).dtype, part.tensor_shape) for part in idle}
     total = sum(info.nbytes for info in tensors.values())
     with emptied_on_failure(out):
         require_space(out, total + (64 << 20), "the exported model")
         writer = SafetensorsWriter(out, tensors, max_shard_size)
+        for part in (part for part in idle if prod(part.shape)):
+            writer.write(part, 0, torch.zeros(part.shape, dtype=tensors[part.name].dtype))
         write_model(writer, plan, source, tensors, events)
         source.close()
         copied = copy_companions(model, out)
@@ -131,7 +139,7 @@ def planned_tensors(
 
 
 def copy_companions(model: Path, out: Path) -> list[str]:
-    """Copy all of the model's files but its weights, its model card and hidden files; returns their names."""
+    """Copy the model's files but its weights, model card, certificate and hidden files; returns their names."""
     names = []
     for path in sorted(_companions(model)):
         target = out / path.relative_to(model)
@@ -144,7 +152,7 @@ def copy_companions(model: Path, out: Path) -> list[str]:
 def _companions(model: Path) -> Iterable[Path]:
     for path in [*model.iterdir(), *model.glob("additional_chat_templates/*.jinja")]:
         weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not weights and not path.name.startswith(".") and path.name != "README.md":
+        if path.is_file() and not weights and not path.name.startswith(".") and path.name not in NOT_COPIED:
             yield path
 
 

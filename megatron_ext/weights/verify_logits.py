@@ -57,6 +57,14 @@ class Pair:
     direction: Direction
     rounded: str | None
 
+    @property
+    def common(self) -> Architecture:
+        """The checkpoint's architecture, with the vocabulary that both sides have."""
+        changes = self.manifest.changes
+        if changes is None or self.direction == "to_model":
+            return self.manifest.architecture
+        return self.manifest.architecture.model_copy(update={"vocab_size": changes.source_config["vocab_size"]})
+
 
 def require_memory(architecture: Architecture, platform: str) -> None:
     """Refuse what would run out of main memory; an accelerator's own is not looked at.
@@ -76,20 +84,20 @@ def require_memory(architecture: Architecture, platform: str) -> None:
         )
 
 
-def compare_logits(pair: Pair, events: Events, platform: str) -> LogitsFigures:
+def compare_logits(pair: Pair, events: Events, platform: str, *, judged: bool = True) -> LogitsFigures:
     """Compare the logits of both models on prompts that are always the same for one architecture.
 
     Raises:
-        VerificationError: they differ by more than ``TOLERANCE``, or prefer different tokens outside near-ties;
-            names prompt and position, and the first layer whose output differs.
+        VerificationError: if ``judged``, they differ by more than ``TOLERANCE``, or prefer different tokens outside
+            near-ties; names prompt and position, and the first layer whose output differs.
         WorkerFailedError: a side could not be computed; ends with the last lines of its log.
     """
-    architecture = pair.manifest.architecture
+    architecture = pair.common
     prompts = make_prompts(architecture, pair.model)
     with tempfile.TemporaryDirectory(prefix="mflow-logits-") as scratch:
         answers, device = _both(pair, prompts, Path(scratch), events, platform, hidden=False)
         verdict = _judge(prompts, answers)
-        if verdict.fault:
+        if verdict.fault and judged:
             worst = [verdict.prompt]
             layers, _ = _both(pair, worst, Path(scratch), events, platform, hidden=True)
             where = first_layer_that_differs(layers, architecture.num_layers)
