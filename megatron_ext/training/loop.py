@@ -19,7 +19,7 @@ from megatron_ext.folders import require_space
 from megatron_ext.guard import STOP
 from megatron_ext.training import plan as planning
 from megatron_ext.training.state import RunState, open_run, training_digest, write_run
-from megatron_ext.weights.manifest import CheckpointManifest, read_manifest, write_manifest
+from megatron_ext.weights.manifest import CheckpointManifest, read_manifest, require_torch_dist, write_manifest
 from megatron_ext.weights.vocab import padded_vocab_size
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def prepare(job: Job) -> Setup:
     train = validated(TrainConfig, job.config, "train")
     checkpoint, dataset = Path(job.inputs["checkpoint"]), Path(job.inputs["dataset"])
     manifest = read_manifest(checkpoint)
+    require_torch_dist(manifest, checkpoint)
     started = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
     planning.check_layout(manifest.architecture, train, job.runtime, started)
     planning.check_vocabulary(manifest, planning.read_dataset_manifest(dataset), dataset)

@@ -20,6 +20,7 @@ from megatron_ext.weights.changes import ModelChanges
 MANIFEST = "manifest.json"
 LATEST = "latest_checkpointed_iteration.txt"
 DTYPES = ("bf16", "fp16", "fp32")
+IMPORT = "make a torch_dist checkpoint of it with mflow convert --model HF_DIR --checkpoint {checkpoint} --out DIR"
 
 
 class CheckpointManifest(Section):
@@ -29,7 +30,8 @@ class CheckpointManifest(Section):
 
     format: Literal["megatron-flows/checkpoint"] = "megatron-flows/checkpoint"
     version: Literal[1] = 1
-    layout: Literal["torch_dist"] = "torch_dist"
+    layout: Literal["torch_dist", "mp_rank"] = "torch_dist"
+    parallel_sizes: dict[str, int] | None = Field(default=None, description="tp, pp and ep of the files of ranks")
     family: str = Field(description="model_type of Hugging Face")
     architecture: Architecture
     hf_config: dict[str, Any] = Field(description="config.json of the model that the checkpoint holds")
@@ -63,13 +65,24 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     try:
         return CheckpointManifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST}; give a folder that mflow convert wrote or that mflow train has finished"
-        ) from None
+        remedy = "give a folder that mflow convert wrote or that mflow train has finished"
+        if any(folder.glob("*/mp_rank_*")):
+            remedy = f"it holds Megatron-LM's files of ranks: {IMPORT.format(checkpoint=folder)}"
+        raise CheckpointError(f"{folder} has no {MANIFEST}; {remedy}") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "file"
         raise CheckpointError(f"{path} is not a checkpoint manifest: {place}: {first['msg']}") from None
+
+
+def require_torch_dist(manifest: CheckpointManifest, checkpoint: Path) -> None:
+    """Refuse a layout that cannot be trained from.
+
+    Raises:
+        CheckpointError: says how to import it.
+    """
+    if manifest.layout != "torch_dist":
+        raise CheckpointError(f"{checkpoint} is in the layout {manifest.layout}; {IMPORT.format(checkpoint=checkpoint)}")
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:

@@ -9,6 +9,7 @@ TEGroupedMLP and GroupedMLP.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 TransformerImpl = Literal["transformer_engine", "local"]
@@ -97,3 +98,8 @@ def fused_norm(mcore: str) -> str:
         if mcore == "decoder.layers.{i}." + own:
             return "decoder.layers.{i}." + fused
     return mcore
+
+
+def is_ranks_folder(folder: Path) -> bool:
+    """Whether an iteration's folder is in the per-rank layout."""
+    return any(FOLDER.fullmatch(path.name) for path in folder.glob("mp_rank_*"))

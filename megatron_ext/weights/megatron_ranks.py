@@ -8,7 +8,7 @@ Source: megatron/training/checkpointing.py of Megatron-LM; megatron-core's layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import product
 from pathlib import Path
@@ -52,7 +52,7 @@ class MegatronRanksReader:
         shards: dict[Place, dict[int, torch.Tensor]] = {}
         for (tp, _, ep), offset, model in ranks.chunks():
             for name, tensor in model.items():
-                for place, part in self._placed(understood(name), name, offset, ep, tensor):
+                for place, part in self._placed(name, offset, ep, tensor):
                     shards.setdefault(place, {}).setdefault(tp, part)
         self._drop_tied_copy(shards)
         for place, found in shards.items():
@@ -79,21 +79,18 @@ class MegatronRanksReader:
         self._pieces.clear()
 
     def _placed(
-        self, found: Found, name: str, offset: int, ep: int, tensor: torch.Tensor
+        self, name: str, layers_before: int, ep: int, tensor: torch.Tensor
     ) -> Iterator[tuple[Place, torch.Tensor]]:
         """Where in the whole model a rank's parameter belongs; several places if it stacks experts."""
-        key, layer = _key(found.mcore), None if found.layer is None else found.layer + offset
-        if key not in self._known:
-            key = _key(fused_norm(found.mcore))
-        if key not in self._known or layer is None:
-            yield (key if key in self._known else _unknown(name, layer), ()), tensor
-        elif "{e}" not in found.mcore:
-            yield (key, (layer,)), tensor
+        found, experts_before = understood(name), ep * self._local_experts
+        place = place_in_model(name, self._known, layers_before, experts_before)
+        if place is None:
+            yield (_unknown(name, found, layers_before), ()), tensor
         elif found.stacked:
             for expert, part in enumerate(self._unstacked(name, tensor)):
-                yield (key, (layer, ep * self._local_experts + expert)), part
+                yield (place[0], (*place[1], experts_before + expert)), part
         else:
-            yield (key, (layer, ep * self._local_experts + (found.expert or 0))), tensor
+            yield place, tensor
 
     @property
     def _local_experts(self) -> int:
@@ -189,9 +186,15 @@ def cut(start: int, count: int, share: int, ranks: int) -> Iterator[tuple[int, i
         done += rows
 
 
-def is_ranks_folder(folder: Path) -> bool:
-    """Whether an iteration's folder is in the per-rank layout."""
-    return any(FOLDER.fullmatch(path.name) for path in folder.glob("mp_rank_*"))
+def place_in_model(name: str, known: Collection[str], layers_before: int = 0, experts_before: int = 0) -> Place | None:
+    """Which of the ``known`` keys, and which layer and expert, a rank's parameter is; None if it is none of them."""
+    found = understood(name)
+    key = next((key for key in (_key(found.mcore), _key(fused_norm(found.mcore))) if key in known), None)
+    if key is None or found.layer is None:
+        return None if key is None else (key, ())
+    if found.expert is None:
+        return key, (found.layer + layers_before,)
+    return key, (found.layer + layers_before, found.expert + experts_before)
 
 
 class _Ranks:
@@ -280,7 +283,8 @@ def _key(mcore: str) -> str:
     return mcore.replace("{i}.", "").replace("{e}.", "")
 
 
-def _unknown(name: str, layer: int | None) -> str:
+def _unknown(name: str, found: Found, layers_before: int) -> str:
     """A parameter that the plan does not know, with its layer's number in the whole model."""
-    head, dot, tail = name.partition("decoder.layers.")
-    return name if layer is None or not dot else f"{head}{dot}{layer}.{tail.partition('.')[2]}"
+    if found.layer is None:
+        return name
+    return name.replace(f"layers.{found.layer}.", f"layers.{found.layer + layers_before}.", 1)
