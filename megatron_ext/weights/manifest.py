@@ -82,7 +82,9 @@ def require_torch_dist(manifest: CheckpointManifest, checkpoint: Path) -> None:
         CheckpointError: says how to import it.
     """
     if manifest.layout != "torch_dist":
-        raise CheckpointError(f"{checkpoint} is in the layout {manifest.layout}; {IMPORT.format(checkpoint=checkpoint)}")
+        raise CheckpointError(
+            f"{checkpoint} is in the layout {manifest.layout}; {IMPORT.format(checkpoint=checkpoint)}"
+        )
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
