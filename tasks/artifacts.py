@@ -46,6 +46,17 @@ class Artifact(BaseModel):
         return Input(self.fingerprint, lambda: str(self.folder), f"{self.kind}/{self.fingerprint}")
 
 
+class Verified(Artifact):
+    """An artifact that had to pass a check; another level of checking makes another artifact of the same content."""
+
+    content: str
+
+    @property
+    def whole(self) -> Input:
+        """The artifact as another stage's input: what is made of it stays, however strictly it was checked."""
+        return Input(self.content, lambda: str(self.folder), f"{self.kind}/{self.fingerprint}")
+
+
 class Sources(Artifact):
     """The pinned model, data files and benchmark tasks; each later stage depends on the part it reads."""
 
@@ -93,7 +104,7 @@ class Demo(Artifact):
     kind: ClassVar[str] = "demos"
 
 
-class McoreCheckpoint(Artifact):
+class McoreCheckpoint(Verified):
     """A torch_dist checkpoint made from a Hugging Face model."""
 
     kind: ClassVar[str] = "checkpoints"
@@ -111,7 +122,7 @@ class Training(Artifact):
     kind: ClassVar[str] = "trainings"
 
 
-class HFModel(Artifact):
+class HFModel(Verified):
     """An exported Hugging Face folder."""
 
     kind: ClassVar[str] = "models"

@@ -49,15 +49,32 @@ class Build:
     """Fills the partial folder instead of a job."""
     planned: Mapping[str, Any] = field(default_factory=dict)
     """The pointer's further fields as far as they are known before it is built."""
+    checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Knobs, by section of the recipe, that say what the artifact must pass. They are hashed, because its certificate
+    is part of it, but what is made of the artifact does not depend on them."""
 
     def document(self, stage: str, version: int) -> dict[str, Any]:
         """The identity in the clear; kept in the manifest so that a later run can say what changed."""
-        inputs = {role: given.identity for role, given in self.inputs.items() if given is not None}
-        return stable({"stage": stage, "version": version, "config": self.identity, "inputs": inputs})
+        config = dict(self.identity)
+        for section, knobs in self.checks.items():
+            config[section] = {**config.get(section, {}), **knobs}
+        return self._document(stage, version, config)
 
     def fingerprint(self, stage: str, version: int) -> str:
         """Hash of the document."""
         return fingerprint(self.document(stage, version))
+
+    def content(self, stage: str, version: int) -> str:
+        """Hash of the document without the checks: what the artifact holds, whatever it had to pass."""
+        return fingerprint(self._document(stage, version, self.identity))
+
+    def pointer(self, stage: str, version: int) -> dict[str, Any]:
+        """The pointer's further fields as they are known now."""
+        return {**self.planned, **({"content": self.content(stage, version)} if self.checks else {})}
+
+    def _document(self, stage: str, version: int, config: Mapping[str, Any]) -> dict[str, Any]:
+        inputs = {role: given.identity for role, given in self.inputs.items() if given is not None}
+        return stable({"stage": stage, "version": version, "config": config, "inputs": inputs})
 
     def located(self) -> dict[str, Any]:
         """Role -> absolute path (or list of paths), for the job."""

@@ -8,15 +8,21 @@ from tasks.build import Build
 from tasks.stage import stage
 
 
-@stage("convert-checkpoint", version=1, makes=McoreCheckpoint)
+@stage("convert-checkpoint", version=2, makes=McoreCheckpoint)
 def convert_checkpoint(model: ModelConfig, sources: Sources, *, runtime: RuntimeConfig) -> Build:
     """Convert the pinned model; without ``model.dtype`` each tensor keeps its own type.
 
     Raises:
+        VerificationError: the checkpoint is not the model; names tensor or layer.
         WeightMappingError: a weight without a rule or a rule without a weight; names it.
         WorkerFailedError: the subprocess died; ends with the last lines of its log.
     """
-    config = {"dtype": model.dtype}
+    config, checks = {"dtype": model.dtype}, {"verify": model.verify}
     return Build(
-        job="convert", identity={"model": config}, config=config, inputs={"model": sources.model}, runtime=runtime
+        job="convert",
+        identity={"model": config},
+        checks={"model": checks},
+        config=config | checks,
+        inputs={"model": sources.model},
+        runtime=runtime,
     )

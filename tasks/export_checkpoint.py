@@ -8,19 +8,21 @@ from tasks.build import Build
 from tasks.stage import stage
 
 
-@stage("export-checkpoint", version=1, makes=HFModel)
+@stage("export-checkpoint", version=2, makes=HFModel)
 def export_checkpoint(model: ModelConfig, trained: Training, sources: Sources, *, runtime: RuntimeConfig) -> Build:
     """Export with the source's config and tokenizer files; ``model.dtype`` is the type of the weights.
 
     Raises:
+        VerificationError: the exported folder is not the trained model; names tensor or layer.
         CheckpointError: the checkpoint is damaged or of another model.
         WorkerFailedError: the subprocess died; ends with the last lines of its log.
     """
-    config = {"dtype": model.dtype}
+    config, checks = {"dtype": model.dtype}, {"verify": model.verify}
     return Build(
         job="export",
         identity={"model": config},
-        config=config,
+        checks={"model": checks},
+        config=config | checks,
         inputs={"checkpoint": trained.whole, "model": sources.model},
         runtime=runtime,
     )

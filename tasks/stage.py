@@ -72,7 +72,7 @@ def produce(spec: Spec[A], build: Build, watcher: base.Watcher | None = None) ->
             kind=kind,
             fingerprint=name,
             identity=document,
-            pointer=made.pointer,
+            pointer={**build.pointer(spec.identity, spec.version), **made.pointer},
             inputs=build.named(),
             runtime=build.runtime.model_dump(),
             seconds=round(time.monotonic() - started, 3),
@@ -243,7 +243,9 @@ class Stage(Generic[A]):
         if manifest:
             pointer = self.spec.makes.of(manifest)
         else:
-            pointer = self.spec.makes.model_construct(fingerprint=name, **build.planned)
+            pointer = self.spec.makes.model_construct(
+                fingerprint=name, **build.pointer(self.spec.identity, self.spec.version)
+            )
         return Planned(self.name, self.spec, build, name, manifest, pointer)
 
     def task(self) -> Any:

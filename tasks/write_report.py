@@ -10,7 +10,7 @@ from tasks.build import Build, Input
 from tasks.stage import recorded_stages, stage
 
 
-@stage("write-report", version=1, makes=Report)
+@stage("write-report", version=2, makes=Report)
 def write_report(
     recipe: SFTRecipe,
     sources: Sources,

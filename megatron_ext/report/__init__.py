@@ -15,6 +15,7 @@ from megatron_ext.errors import SourceError
 from megatron_ext.evaluation.compare import Score, compare, comparison_cells
 from megatron_ext.report import page
 from megatron_ext.report.charts import line_chart
+from megatron_ext.weights.certificate import facts, read_certificate
 
 if TYPE_CHECKING:
     from megatron_ext.events import Events
@@ -55,6 +56,7 @@ def render(inputs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         page.section("Training", _curves(metrics) + _training_facts(manifest)),
         page.section("Time", _stages(config.get("stages", []))),
         page.section("Data", _data(Path(inputs["dataset"]))),
+        page.section("Verification", _verification(inputs)),
         page.section("What ran", _what_ran(inputs, config, manifest, results)),
         "<footer>Written by megatron-flows. Every figure was measured in this run.</footer>",
     ]
@@ -177,6 +179,16 @@ def _stage_time(stage: Mapping[str, Any]) -> str:
 def _data(dataset: Path) -> str:
     inspection = inspect_dataset(dataset, SAMPLES)
     return "<p>Trained tokens are <mark>marked</mark>; the others are context.</p>" + render_html(inspection)
+
+
+def _verification(inputs: Mapping[str, Any]) -> str:
+    blocks = []
+    for role, title in (("checkpoint", "Conversion"), ("export", "Export")):
+        certificate = read_certificate(Path(inputs[role]))
+        told = facts(certificate) if certificate else {"level": "none: it was not compared with what it was made from"}
+        blocks.append(page.facts(title, told))
+    note = '<p class="dim">Read back from the files before they were published; each holds its certificate.json.</p>'
+    return f'<div class="columns">{"".join(blocks)}</div>{note}'
 
 
 def _what_ran(

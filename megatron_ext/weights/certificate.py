@@ -100,6 +100,15 @@ def facts(certificate: Certificate) -> dict[str, str]:
     return told
 
 
+def sentence(certificate: Certificate) -> str:
+    """For a log: what was equal, in one line."""
+    c = certificate
+    told = f"{c.tensors:,} tensors, {c.bytes / 1e9:.3g} GB, equal bit for bit in {c.dtype}"
+    if c.logits:
+        told += f"; logits within {c.logits.max_difference:.2g} of {c.logits.max_logit:.3g}"
+    return f"{told}; {c.seconds:.1f} s"
+
+
 def versions() -> dict[str, str]:
     """Of the packages that have a say in what is compared."""
     found = {}
