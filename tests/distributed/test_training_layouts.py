@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from training import column, run, write_checkpoint, write_dataset, write_job
 
+from megatron_ext.events import Events
+from megatron_ext.weights.export import export
 from megatron_ext.weights.manifest import read_manifest
 
 TP2 = {"nproc_per_node": 2, "tensor_model_parallel_size": 2}
@@ -21,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     checkpoint = write_checkpoint(folder / "base", vocab_size=511)
     write_dataset(folder / "data", checkpoint, np.random.default_rng(1).integers(5, 70, 60).tolist())
-    run(write_job(folder / "one", checkpoint, folder / "data"))
+    run(write_job(folder / "one", checkpoint, folder / "data", runtime={"make_vocab_size_divisible_by": 1}))
     return folder
 
 
@@ -39,11 +43,31 @@ def assert_same(one: Path, other: Path, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.distributed
-def test_tensor_and_sequence_parallel_ranks_equal_one_process(base: Path) -> None:
-    out = trained(base, "tp2sp", {**TP2, "sequence_parallel": True})
+def test_tensor_and_sequence_parallel_ranks_equal_one_process(base: Path, tmp_path: Path) -> None:
+    """The second rank holds nothing but padding of the vocabulary."""
+    out = trained(base, "tp2sp", {**TP2, "sequence_parallel": True, "make_vocab_size_divisible_by": 512})
     assert_same(base / "one", out)
-    assert read_manifest(out).padded_vocab_size == 512
+    assert read_manifest(out).padded_vocab_size == 1024
     assert read_manifest(base / "one").padded_vocab_size == 511
+    assert_same_export(base, "one", "tp2sp", tmp_path)
+
+
+def test_padding_of_the_vocabulary_changes_nothing(base: Path, tmp_path: Path) -> None:
+    out = trained(base, "padded", {"make_vocab_size_divisible_by": 300})
+    assert_same(base / "one", out, tolerance=1e-6)
+    assert read_manifest(out).padded_vocab_size == 600
+    assert_same_export(base, "one", "padded", tmp_path)
+
+
+def assert_same_export(base: Path, name: str, other: str, tmp: Path) -> None:
+    """The rows of the source's vocabulary, none of the padding, and the same weights after training."""
+    for each in (name, other):
+        (tmp / each).mkdir()
+        export(base / each, base / "base" / "hf", tmp / each, dtype=None, events=Events())
+    one, two = (load_file(tmp / each / "model.safetensors") for each in (name, other))
+    assert {key: tuple(t.shape) for key, t in one.items()} == {key: tuple(t.shape) for key, t in two.items()}
+    assert len(one["model.embed_tokens.weight"]) == len(one["lm_head.weight"]) == 511
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
 
 @pytest.mark.distributed
