@@ -1,6 +1,6 @@
-"""Hugging Face safetensors to a torch_dist checkpoint, streamed: no model is built, one layer's weights in memory.
+"""Hugging Face safetensors to a Megatron checkpoint, streamed: no model is built, small pieces of it are in memory.
 
-Run: ``mflow convert --model HF_DIR --out DIR [--dtype bf16|fp16|fp32]``.
+Run: ``mflow convert --model HF_DIR --out DIR [--dtype bf16|fp16|fp32] [--layout torch_dist|mp_rank]``.
 """
 
 from __future__ import annotations
@@ -16,22 +16,18 @@ from megatron_ext.config import UpcycleConfig, VerifyLevel, VocabInit, validated
 from megatron_ext.data.chat_templates import own_template
 from megatron_ext.errors import ConfigError, unknown
 from megatron_ext.events import Events
-from megatron_ext.folders import emptied_on_failure, require_space
+from megatron_ext.folders import emptied_on_failure
 from megatron_ext.hf_folder import read_config, tokenizer_digest
 from megatron_ext.weights.changes import ModelChanges, changes_of
 from megatron_ext.weights.hf import SHORT, short_name
-from megatron_ext.weights.manifest import (
-    CheckpointManifest,
-    iteration_folder,
-    write_latest,
-    write_manifest,
-)
+from megatron_ext.weights.layouts import checkpoint_writer, laid_out
+from megatron_ext.weights.manifest import CheckpointManifest, write_latest, write_manifest
+from megatron_ext.weights.megatron_writer import RankLayout, check_sizes
 from megatron_ext.weights.pipeline import write_checkpoint
 from megatron_ext.weights.planning import checkpoint_dtypes
 from megatron_ext.weights.sources import Source, read_source
 from megatron_ext.weights.step_zero import check_noise, receipt
 from megatron_ext.weights.streams import stored_bytes
-from megatron_ext.weights.torch_dist import BLOB_OVERHEAD, CHUNK_BYTES, TorchDistWriter
 from megatron_ext.weights.verify import check_level, gate
 
 
@@ -55,6 +51,7 @@ def convert(
     upcycle: UpcycleConfig | None = None,
     verify: VerifyLevel = "none",
     platform: str = "auto",
+    layout: RankLayout | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint folder of the Hugging Face model in ``model`` into the folder ``out``, cleared first.
 
@@ -63,12 +60,13 @@ def convert(
 
     ``extra_vocab_size`` rows are added to embedding and output layer, ``upcycle`` makes a mixture of experts of a dense
     model; ``config.UpcycleConfig`` and ``config.ModelConfig`` say how. ``verify`` is what the checkpoint must pass, and
-    ``platform`` computes the logits that this may ask for.
+    ``platform`` computes the logits that this may ask for. ``layout`` asks for Megatron-LM's files of ranks.
 
     Raises:
         UnsupportedModelError: no family converts this config; names the key and what there is.
         SourceError: a file is missing, truncated or damaged; names it.
         WeightMappingError: a weight without a rule, a rule without a weight, a shape that contradicts config.json.
+        ParallelismError: ``layout`` does not divide the model; names the size.
         DiskSpaceError: ``out`` lies on a disk without enough room.
         VerificationError: what was written is not the same model; names tensor or layer.
     """
@@ -81,10 +79,11 @@ def convert(
     plan, reader = source.plan, source.reader
     dtypes = checkpoint_dtypes(plan, reader, dtype)
     total = stored_bytes(plan, dtypes)
-    manifest = _manifest(model, source, changes, dtypes, keep_own=dtype is None)
+    manifest = laid_out(_manifest(model, source, changes, dtypes, keep_own=dtype is None), layout)
+    if layout is not None:
+        check_sizes(plan, source.architecture, layout)
     with emptied_on_failure(out):
-        require_space(out, total + BLOB_OVERHEAD * (6 * len(plan) + total // CHUNK_BYTES), "the converted checkpoint")
-        writer = TorchDistWriter(iteration_folder(out, "release"), plan, dtypes, source.architecture)
+        writer = checkpoint_writer(out, plan, dtypes, source.architecture, layout)
         write_checkpoint(writer, plan, reader, dtypes, events)
         write_manifest(out, manifest)
         write_latest(out, "release")

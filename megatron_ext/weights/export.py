@@ -1,7 +1,7 @@
-"""A torch_dist checkpoint to a plain Hugging Face folder, streamed: one layer's weights in memory.
+"""A Megatron checkpoint to a plain Hugging Face folder, streamed: small pieces of it are in memory.
 
-Run: ``mflow export --checkpoint DIR --model HF_DIR --out DIR``. The checkpoint may come from convert or from training
-at any tensor- and pipeline-parallel size.
+Run: ``mflow export --checkpoint DIR --model HF_DIR --out DIR``. The checkpoint may come from convert, from training at
+any parallel sizes, or, as files of ranks, from Megatron-LM.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from megatron_ext.hf_folder import read_config, tokenizer_digest
 from megatron_ext.weights.certificate import CERTIFICATE
 from megatron_ext.weights.hf import CONFIG_NAMES, SHORT, TensorInfo, short_name
 from megatron_ext.weights.hf_writer import SafetensorsWriter
-from megatron_ext.weights.manifest import CheckpointManifest, latest_folder, read_manifest
+from megatron_ext.weights.layouts import manifest_of, open_checkpoint
+from megatron_ext.weights.manifest import CheckpointManifest
 from megatron_ext.weights.pipeline import write_model
 from megatron_ext.weights.planning import check_stored, hf_shapes
 from megatron_ext.weights.sources import descends
 from megatron_ext.weights.streams import CheckpointReader
-from megatron_ext.weights.torch_dist import TorchDistReader
 from megatron_ext.weights.verify import check_level, gate
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
@@ -56,6 +56,7 @@ def export(
     max_shard_size: int = 5_000_000_000,
     verify: VerifyLevel = "none",
     platform: str = "auto",
+    trust_pickle: bool = False,
 ) -> dict[str, Any]:
     """Write ``checkpoint`` as a Hugging Face folder into the folder ``out``, cleared first.
 
@@ -64,21 +65,23 @@ def export(
     Where the conversion made another model of it (extra vocabulary, upcycling), config.json is that model's.
     ``dtype`` is bf16, fp16, fp32, or None: then each tensor keeps the checkpoint's. ``max_shard_size`` is in bytes.
     ``verify`` is what the exported folder must pass, and ``platform`` computes the logits that this may ask for.
+    ``trust_pickle`` loads files of ranks whatever they want.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged, or of another model than ``model``; names the field.
         VocabularyError: the checkpoint was made with another tokenizer.
         WeightMappingError: a weight without a rule, or a rule without a weight.
+        UntrustedPickleError: a file of a rank wants a class that could run a program.
         DiskSpaceError: ``out`` lies on a disk without enough room.
         VerificationError: what was written is not the same model; names tensor or layer.
     """
     if dtype is not None and dtype not in SHORT:
         raise ConfigError(unknown("dtype", dtype, SHORT))
-    manifest = read_manifest(checkpoint)
+    manifest = manifest_of(checkpoint, model, trust_pickle=trust_pickle)
     check_level(verify, manifest.architecture, platform)
     config = read_config(model)
     plan = checked_plan(manifest, checkpoint, model, config)
-    source = TorchDistReader(latest_folder(checkpoint))
+    source = open_checkpoint(checkpoint, manifest, trust_pickle=trust_pickle)
     check_stored(plan, source, checkpoint)
     tensors = planned_tensors(plan, source, manifest, dtype)
     idle = find_family(manifest.family).idle(manifest.architecture)
@@ -96,7 +99,8 @@ def export(
             write_json(out / "config.json", manifest.hf_config)
         exported_dtypes = {info.dtype for info in tensors.values()}
         _write_config(out / "config.json", exported_dtypes, manifest.source_dtype)
-        verified = gate(verify, checkpoint=checkpoint, model=out, made=out, events=events, platform=platform)
+        options = {"platform": platform, "trust_pickle": trust_pickle}
+        verified = gate(verify, checkpoint=checkpoint, model=out, made=out, events=events, **options)
     return {
         "family": manifest.family,
         "iteration": manifest.iteration,

@@ -6,6 +6,7 @@ model that the checkpoint is of stands in for it, and every shape in the files i
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,24 @@ import torch
 from megatron_ext.data.chat_templates import own_template
 from megatron_ext.errors import CheckpointError
 from megatron_ext.families import find_family
-from megatron_ext.families.base import Weight
+from megatron_ext.families.base import Architecture, Weight
+from megatron_ext.folders import require_space
 from megatron_ext.hf_folder import read_config, tokenizer_digest
 from megatron_ext.weights.hf import CONFIG_NAMES, short_name
-from megatron_ext.weights.manifest import MANIFEST, CheckpointManifest, latest_folder, read_latest, read_manifest
+from megatron_ext.weights.manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    iteration_folder,
+    latest_folder,
+    read_latest,
+    read_manifest,
+)
 from megatron_ext.weights.megatron_names import is_ranks_folder
 from megatron_ext.weights.megatron_ranks import EMBEDDING, MegatronRanksReader, place_in_model
+from megatron_ext.weights.megatron_writer import MegatronRanksWriter, RankLayout, vocab_rows
 from megatron_ext.weights.planning import architecture_of, check_stored
-from megatron_ext.weights.streams import CheckpointReader
-from megatron_ext.weights.torch_dist import TorchDistReader
+from megatron_ext.weights.streams import CheckpointReader, CheckpointWriter, stored_bytes
+from megatron_ext.weights.torch_dist import BLOB_OVERHEAD, CHUNK_BYTES, TorchDistReader, TorchDistWriter
 
 
 def plan_of(manifest: CheckpointManifest) -> list[Weight]:
@@ -73,6 +83,36 @@ def manifest_of(checkpoint: Path, model: Path, *, trust_pickle: bool = False) ->
         chat_template=own_template(model),
         iteration=read_latest(checkpoint),
     )
+
+
+def checkpoint_writer(
+    out: Path,
+    plan: Sequence[Weight],
+    dtypes: Mapping[str, torch.dtype],
+    architecture: Architecture,
+    layout: RankLayout | None,
+) -> CheckpointWriter:
+    """A writer of ``release`` in the checkpoint folder: files of ranks if there is a ``layout``, else torch_dist.
+
+    Raises:
+        DiskSpaceError: the disk has too little room; nothing was written.
+        ParallelismError: a size does not divide what it splits; nothing was written.
+    """
+    folder = iteration_folder(out, "release")
+    if layout is not None:
+        return MegatronRanksWriter(folder, plan, dtypes, architecture, layout)
+    total = stored_bytes(plan, dict(dtypes))
+    require_space(out, total + BLOB_OVERHEAD * (6 * len(plan) + total // CHUNK_BYTES), "the converted checkpoint")
+    return TorchDistWriter(folder, plan, dtypes, architecture)
+
+
+def laid_out(manifest: CheckpointManifest, layout: RankLayout | None) -> CheckpointManifest:
+    """The manifest of the same weights in ``layout``."""
+    rows, sizes = manifest.vocab_size, None
+    if layout is not None:
+        rows, sizes = vocab_rows(manifest.architecture, layout), layout.sizes._asdict()
+    name = "torch_dist" if layout is None else "mp_rank"
+    return manifest.model_copy(update={"layout": name, "parallel_sizes": sizes, "padded_vocab_size": rows})
 
 
 def fill_model(model: Any, checkpoint: Path, manifest: CheckpointManifest, *, trust_pickle: bool = False) -> None:

@@ -11,29 +11,36 @@ from safetensors.torch import load_file, save_file
 from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.events import Events
 from megatron_ext.weights.hf import SHORT
-from megatron_ext.weights.manifest import read_manifest
+from megatron_ext.weights.manifest import CheckpointManifest
 
 
 def run(job: Any, events: Events) -> dict[str, Any]:
-    """Inputs ``checkpoint`` and ``prompts``; config ``rounded`` and ``hidden``; writes ``answers.safetensors``."""
+    """Inputs ``checkpoint`` and ``prompts``; config ``manifest``, ``rounded``, ``hidden`` and ``trust_pickle``; writes
+    ``answers.safetensors``.
+    """
     from megatron_ext.training.parallel import parallel_state
 
     runtime = RuntimeConfig(platform=job.runtime.platform)
     with parallel_state(runtime, seed=1) as platform:
-        model = _load(Path(job.inputs["checkpoint"]), runtime, platform, job.config["rounded"])
+        model = _load(Path(job.inputs["checkpoint"]), runtime, platform, job.config)
         answers = _answers(model, load_file(job.inputs["prompts"]), job.config["hidden"])
         save_file(answers, job.out / "answers.safetensors")
         return {"device": platform.device_name()}
 
 
-def _load(checkpoint: Path, runtime: RuntimeConfig, platform: Any, rounded: str | None) -> torch.nn.Module:
+def _load(checkpoint: Path, runtime: RuntimeConfig, platform: Any, asked: dict[str, Any]) -> torch.nn.Module:
     from megatron_ext.model.provider import build_model
     from megatron_ext.training.checkpoints import load_weights
+    from megatron_ext.weights.layouts import fill_model
 
     train = TrainConfig(seq_length=4096, global_batch_size=1, train_iters=1, lr=1.0, precision="fp32")
-    model = build_model(read_manifest(checkpoint).architecture, train, runtime, platform).eval()
-    load_weights(model, checkpoint)
-    if rounded:
+    manifest = CheckpointManifest.model_validate(asked["manifest"])
+    model = build_model(manifest.architecture, train, runtime, platform).eval()
+    if manifest.layout == "mp_rank":
+        fill_model(model, checkpoint, manifest, trust_pickle=asked["trust_pickle"])
+    else:
+        load_weights(model, checkpoint)
+    if rounded := asked["rounded"]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(SHORT[rounded]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from megatron_ext.errors import ConfigError, UserError, VerificationError, unkno
 from megatron_ext.events import Events
 from megatron_ext.families.base import Architecture, Weight
 from megatron_ext.weights import planning
-from megatron_ext.weights.certificate import Certificate, facts, versions, write_certificate
+from megatron_ext.weights.certificate import Certificate, sentence, versions, write_certificate
 from megatron_ext.weights.hf import SHORT, TensorInfo, short_name
-from megatron_ext.weights.manifest import CheckpointManifest, latest_folder, read_manifest
+from megatron_ext.weights.layouts import manifest_of, open_checkpoint
+from megatron_ext.weights.manifest import CheckpointManifest
 from megatron_ext.weights.sources import source_of
-from megatron_ext.weights.streams import CheckpointReader
-from megatron_ext.weights.torch_dist import TorchDistReader
 from megatron_ext.weights.verify_digest import Direction, Sides, compare
 from megatron_ext.weights.verify_logits import Pair, compare_logits, require_memory
 
@@ -38,6 +38,7 @@ def gate(
     made: Path,
     events: Events,
     platform: str = "auto",
+    trust_pickle: bool = False,
 ) -> dict[str, Any]:
     """Verify what was just made, ``checkpoint`` or ``model``, and put the certificate into it; its summary.
 
@@ -48,7 +49,8 @@ def gate(
         return {"verified": None}
     direction: Direction = "to_checkpoint" if made == checkpoint else "to_model"
     try:
-        certificate = verify(checkpoint, model, level=level, events=events, direction=direction, platform=platform)
+        options = {"direction": direction, "platform": platform, "trust_pickle": trust_pickle}
+        certificate = verify(checkpoint, model, level=level, events=events, **options)
     except VerificationError as error:
         raise VerificationError(
             f"{error}. Nothing was published; check disk and memory of this machine and try again: what fails twice at "
@@ -57,7 +59,7 @@ def gate(
     except UserError as error:
         raise VerificationError(f"what was written cannot be read back: {error}") from None
     write_certificate(made, certificate)
-    events.note(f"verified: {', '.join(f'{name} {value}' for name, value in facts(certificate).items())}")
+    events.note(f"verified ({level}): {sentence(certificate)}")
     return {"verified": certificate.summary()}
 
 
@@ -81,6 +83,7 @@ def verify(
     events: Events,
     direction: Direction | None = None,
     platform: str = "auto",
+    trust_pickle: bool = False,
 ) -> Certificate:
     """Compare the checkpoint folder with the Hugging Face folder that it was made from, or that was made from it.
 
@@ -92,15 +95,16 @@ def verify(
         CheckpointError, SourceError, WeightMappingError, VocabularyError: they cannot be compared.
     """
     started = time.monotonic()
-    manifest = read_manifest(checkpoint)
+    manifest = manifest_of(checkpoint, model, trust_pickle=trust_pickle)
     check_level(level, manifest.architecture, platform)
     source = source_of(manifest, checkpoint, model)
     plan, tensors = source.plan, source.reader.tensors
-    reader = open_checkpoint(checkpoint)
+    reopened = partial(open_checkpoint, checkpoint, manifest, trust_pickle=trust_pickle)
+    reader = reopened()
     planning.check_stored(plan, reader, checkpoint)
     reader.close()
     direction = direction or _direction(manifest, plan, tensors)
-    sides = Sides(checkpoint, model, lambda: open_checkpoint(checkpoint), source.reopened)
+    sides = Sides(checkpoint, model, reopened, source.reopened)
     try:
         compared = compare(plan, sides, tensors, direction, events)
     except VerificationError as error:
@@ -110,7 +114,7 @@ def verify(
     figures = None
     if level == "logits":
         rounded = _rounded(direction, types, made_of, model)
-        figures = compare_logits(Pair(checkpoint, model, manifest, direction, rounded), events, platform)
+        figures = compare_logits(Pair(checkpoint, model, manifest, direction, rounded, trust_pickle), events, platform)
     return Certificate(
         level=level,
         compared=_sentence(direction, manifest),
@@ -124,11 +128,6 @@ def verify(
         seconds=round(time.monotonic() - started, 3),
         versions=versions(),
     )
-
-
-def open_checkpoint(folder: Path) -> CheckpointReader:
-    """A reader of the newest iteration in a checkpoint folder."""
-    return TorchDistReader(latest_folder(folder))
 
 
 def _direction(manifest: CheckpointManifest, plan: list[Weight], tensors: Mapping[str, TensorInfo]) -> Direction:

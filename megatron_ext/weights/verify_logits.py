@@ -56,6 +56,7 @@ class Pair:
     manifest: CheckpointManifest
     direction: Direction
     rounded: str | None
+    trust_pickle: bool = False
 
     @property
     def common(self) -> Architecture:
@@ -203,7 +204,12 @@ def _both(
         summary = _in_worker(
             Job(
                 job=job,
-                config={"hidden": hidden, "rounded": pair.rounded if side == given else None},
+                config={
+                    "hidden": hidden,
+                    "rounded": pair.rounded if side == given else None,
+                    "manifest": pair.manifest.model_dump(),
+                    "trust_pickle": pair.trust_pickle,
+                },
                 inputs={"model": str(pair.model), "checkpoint": str(pair.checkpoint), "prompts": str(asked)},
                 out=out,
                 events=out / "events.jsonl",
