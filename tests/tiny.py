@@ -39,9 +39,12 @@ SIZES = {
 FAMILY_SIZES = {
     "mistral": {"sliding_window": None},
     "mixtral": {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 32
+    },
     "qwen3": {"head_dim": 16},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
-}
+}  # fmt: skip
 """What keeps a model of the family tiny, beside SIZES."""
 
 

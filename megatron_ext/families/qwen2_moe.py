@@ -30,7 +30,7 @@ FAMILY = ModelFamily(
         "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "tie_word_embeddings": False,
         "num_key_value_heads": 16, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
         "num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False, "router_aux_loss_coef": 0.001,
-        "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
+        "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
     },
     config_required={
         "hidden_act": "silu", "qkv_bias": True, "use_sliding_window": False,

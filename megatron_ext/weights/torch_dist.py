@@ -170,6 +170,8 @@ def extra_states(architecture: Architecture) -> Iterator[str]:
     modules = [f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "core_attention")]
     modules += [f"self_attention.{name}" for name in ("q_layernorm", "k_layernorm") if architecture.qk_layernorm]
     modules += ["pre_mlp_layernorm"] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    if architecture.moe_shared_expert_intermediate_size:
+        modules += ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
     for layer in range(layers):
         for module in modules:
             yield f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"

@@ -1,4 +1,4 @@
-"""megatron-core loads a checkpoint at any parallel size and answers alike; what it saves exports to the same weights."""
+"""megatron-core loads a checkpoint at any parallel size, answers alike, and saves what exports to the same weights."""
 
 import json
 
@@ -7,12 +7,12 @@ import torch
 from mcore_worker import run_worker
 from safetensors.torch import load_file
 from tiny import write_model
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_ext.events import Events
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 from megatron_ext.weights.manifest import read_manifest, write_latest, write_manifest
-from megatron_ext.weights.torch_dist import TorchDistReader
 
 LAYOUTS = {"one": {}, "tp 2": {"tp": 2}, "pp 2": {"pp": 2}, "ep 2": {"ep": 2}, "tp 2, ep 2": {"tp": 2, "ep": 2}}
 MODELS = {
@@ -22,9 +22,10 @@ MODELS = {
     },
     "mistral, window": {"sliding_window": 17},
     "mixtral, odd vocabulary": {"vocab_size": 509},
+    "qwen2_moe": {},
     "qwen3_moe, stacked experts": {"stacked_experts": True},
 }  # fmt: skip
-EXPERTS = [case for case in MODELS if case.startswith(("mixtral", "qwen3_moe"))]
+EXPERTS = [case for case in MODELS if case.startswith(("mixtral", "qwen2_moe", "qwen3_moe"))]
 TWO = [(case, name) for case in MODELS for name in ("one", "tp 2", "pp 2", "ep 2") if case in EXPERTS or name != "ep 2"]
 FOUR = [(case, "tp 2, ep 2") for case in EXPERTS]
 
@@ -97,13 +98,31 @@ def test_experts_split_by_tensor_and_expert_parallelism_together(tmp_path):
         assert_exports_to_its_source(tmp_path, case, layout, out)
 
 
+def entries(folder):
+    """Key -> what a torch_dist folder says of it."""
+    return FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", MODELS)
+def test_a_converted_checkpoint_has_the_keys_that_megatron_core_saves(checkpoints, case):
+    """Besides, it has the objects that Transformer Engine's layers expect."""
+    ours, theirs = (entries(checkpoints / case / name) for name in ("converted/release", "one/iter_0000007"))
+    assert theirs.keys() <= ours.keys()
+    assert [key for key in ours.keys() - theirs.keys() if "._extra_state/shard_" not in key] == []
+    vocabulary = {"embedding.word_embeddings.weight", "output_layer.weight"}  # padded by whoever loads it
+    for key in theirs.keys() - vocabulary:
+        assert getattr(ours[key], "size", None) == getattr(theirs[key], "size", None), key
+
+
 @pytest.mark.distributed
 def test_checkpoints_of_this_test_are_really_split_and_padded(checkpoints):
-    reader = TorchDistReader(checkpoints / "llama, odd vocabulary" / "tp 2" / "iter_0000007")
-    assert reader.shapes["embedding.word_embeddings.weight"] == (512, 64)
-    assert len(reader._chunks["decoder.layers.mlp.linear_fc1.weight"]) == 4 * 4  # layers x (gate, up) x tp
-    experts = TorchDistReader(checkpoints / "mixtral, odd vocabulary" / "tp 2" / "iter_0000007")
-    assert len(experts._chunks["decoder.layers.mlp.experts.experts.linear_fc1.weight"]) == 4 * 4 * 4
+    llama, mixtral = (
+        entries(checkpoints / f"{name}, odd vocabulary" / "tp 2" / "iter_0000007") for name in ("llama", "mixtral")
+    )
+    assert tuple(llama["embedding.word_embeddings.weight"].size) == (512, 64)
+    assert len(llama["decoder.layers.mlp.linear_fc1.weight"].chunks) == 4 * 4  # layers x (gate, up) x tp
+    assert len(mixtral["decoder.layers.mlp.experts.experts.linear_fc1.weight"].chunks) == 4 * 4 * 4  # x experts
 
 
 def test_weights_load_without_the_objects_that_transformer_engine_keeps_beside_them(tmp_path, monkeypatch):

@@ -45,6 +45,9 @@ CASES = {
     "qwen2, six heads, yarn": SIX_HEADS | {"rope_parameters": YARN | {"beta_fast": 16.0, "attention_factor": 1.3}},
     "qwen2, window from layer 2 on": WINDOW | {"max_window_layers": 2},
     "qwen2, window in all layers": WINDOW | {"max_window_layers": 0},
+    "qwen2_moe": {"norm_topk_prob": False},
+    "qwen2_moe, stacked experts, weights that sum to one": {"stacked_experts": True, "norm_topk_prob": True},
+    "qwen2_moe, no shared expert": {"shared_expert_intermediate_size": 0, "norm_topk_prob": True},
     "qwen3": {},
     "qwen3 tied, one key head": ONE_KEY_HEAD | {"tie_word_embeddings": True},
     "qwen3, window in every other layer": WINDOW | {

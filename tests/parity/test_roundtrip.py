@@ -1,5 +1,7 @@
 """Hugging Face -> torch_dist -> Hugging Face gives back every tensor and every other file, bit for bit."""
 
+import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import write_model
 
+from megatron_ext.errors import WeightMappingError
 from megatron_ext.events import Events
+from megatron_ext.families import available, find_family
+from megatron_ext.families.shared import STACKED
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 
@@ -19,9 +24,21 @@ SHAPES = {
     "llama, head_dim of its own": {"head_dim": 24},
     "llama with biases": {"attention_bias": True, "mlp_bias": True},
     "llama, odd vocabulary": {"vocab_size": 509},
+    "mistral": {"num_key_value_heads": 1, "head_dim": 24},
+    "mixtral": {"vocab_size": 509},
+    "mixtral, stacked experts": {"stacked_experts": True},
+    "mixtral, three experts, six heads": {
+        "num_local_experts": 3, "hidden_size": 72, "num_attention_heads": 6, "num_key_value_heads": 3
+    },
     "qwen2": {},
     "qwen2 tied": {"tie_word_embeddings": True},
-}
+    "qwen2_moe": {},
+    "qwen2_moe, stacked experts": {"stacked_experts": True, "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 1},
+    "qwen3_moe": {"vocab_size": 509},
+    "qwen3_moe, stacked experts": {"stacked_experts": True, "tie_word_embeddings": True},
+}  # fmt: skip
+RULES = [(name, rule) for name in available() for rule in find_family(name).weights]
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,6 +66,25 @@ def round_trip(model: Path, tmp: Path, *, dtype: str | None = None, max_shard_si
 def test_round_trip_is_bit_equal(case, dtype, tmp_path):
     model = write_model(tmp_path / "hf", case.split()[0].strip(","), dtype=dtype, **SHAPES[case])
     assert_same_tensors(model, round_trip(model, tmp_path))
+
+
+@pytest.mark.parametrize(("name", "rule"), RULES, ids=[f"{name} {rule.mcore} {rule.hf[0]}" for name, rule in RULES])
+def test_no_rule_can_be_left_out(name, rule, tmp_path, monkeypatch):
+    biases = {"attention_bias": True, "mlp_bias": True} if rule.only_if == "add_bias_linear" else {}
+    model = write_model(
+        tmp_path / "hf", name, num_hidden_layers=1, stacked_experts=rule.layout == STACKED, **biases
+    )  # fmt: skip
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    checkpoint.mkdir()
+    out.mkdir()
+    convert(model, checkpoint, dtype=None, events=Events())
+    module = importlib.import_module(find_family.__module__ + "." + name)
+    rest = tuple(other for other in module.FAMILY.weights if other is not rule)
+    monkeypatch.setattr(module, "FAMILY", replace(module.FAMILY, weights=rest))
+    with pytest.raises(WeightMappingError, match="no rule converts"):
+        convert(model, out, dtype=None, events=Events())
+    with pytest.raises(WeightMappingError, match="no rule exports"):
+        export(checkpoint, model, out, dtype=None, events=Events())
 
 
 def test_every_other_file_is_copied_byte_for_byte(tmp_path):
