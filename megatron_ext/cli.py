@@ -199,22 +199,61 @@ def tokenize(
     _report(summary, as_json, out)
 
 
+DatasetPlace = Annotated[
+    Path, typer.Argument(help="Folder that mflow tokenize wrote, or the prefix of a Megatron-LM pair.")
+]
+
+
 @app.command()
 def inspect(
-    dataset: Annotated[Path, typer.Argument(help="Folder that mflow tokenize wrote.")],
-    samples: Annotated[int, typer.Option(help="Documents to show.")] = 3,
+    dataset: DatasetPlace,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to show.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="HTML file to write, complete in itself.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder to decode with; by default the dataset's own tokenizer.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what will be trained: totals, lengths, and samples with the trained tokens coloured."""
     from rich.console import Console
 
     from megatron_ext.data.inspection import inspect_dataset, render_terminal
+    from megatron_ext.data.inspection_views import render_document
 
-    inspection = inspect_dataset(dataset, samples)
+    inspection = inspect_dataset(dataset, samples, tokenizer)
+    if html:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(render_document(inspection), encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(inspection.as_json()))
+    elif html:
+        typer.echo(f"{html.absolute()}")
     else:
         render_terminal(inspection, Console(soft_wrap=True))
+
+
+@app.command()
+def pack(
+    dataset: DatasetPlace,
+    seq_length: Annotated[int, typer.Option(min=8, help="Tokens in one packed sequence.")],
+    pack_alignment: Annotated[int, typer.Option(min=1, help="Tokens that each sample takes a multiple of.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="As train.seed.")] = 1234,
+    overlong: Annotated[Literal["truncate", "drop"], typer.Option(help="What happens to longer samples.")] = "truncate",
+    as_json: AsJson = False,
+) -> None:
+    """Say how a dataset packs at a sequence length; what training at the same settings will use is kept."""
+    from megatron_ext.data.selection import Choice, packing_figures
+
+    asked = {"seq_length": seq_length, "pack_alignment": pack_alignment, "seed": seed, "overlong": overlong}
+    figures = packing_figures(dataset, validated(Choice, asked, "the command line"))
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        typer.echo(
+            f"{name.replace('_', ' '):<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}"
+        )
 
 
 @app.command()

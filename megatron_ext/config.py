@@ -45,6 +45,10 @@ class UpcycleConfig(Section):
     def _consistent(self) -> UpcycleConfig:
         if self.topk > self.num_experts:
             raise ValueError(f"topk {self.topk} is more than num_experts {self.num_experts}")
+        if self.topk == 1:
+            raise ValueError(
+                "topk 1 is not supported: the one expert's weight would always be 1, and the router not learn"
+            )
         return self
 
 
@@ -109,6 +113,19 @@ class DataConfig(TokenizeOptions):
         min_length=1,
         description="Files, globs, folders or URLs, each with an optional weight in front (0.7:FILE); or demo://NAME.",
     )
+
+
+def require_multiple(seq_length: int, pack_alignment: int) -> None:
+    """Refuse sequences that are no multiple of what each sample takes a multiple of.
+
+    Raises:
+        ValueError: names a ``seq_length`` that fits.
+    """
+    if rest := seq_length % pack_alignment:
+        raise ValueError(
+            f"seq_length {seq_length} is not a multiple of pack_alignment {pack_alignment}; "
+            f"take {seq_length - rest or pack_alignment}, or another pack_alignment"
+        )
 
 
 class TrainConfig(Section):
@@ -179,12 +196,7 @@ class TrainConfig(Section):
             raise ValueError("lr_warmup_iters and lr_warmup_tokens exclude each other; give one of them")
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:
             raise ValueError("lr_decay_style WSD needs lr_wsd_decay_iters")
-        if rest := self.seq_length % self.pack_alignment:
-            fitting = self.seq_length - rest or self.pack_alignment
-            raise ValueError(
-                f"seq_length {self.seq_length} is not a multiple of pack_alignment {self.pack_alignment}; "
-                f"take {fitting}, or another pack_alignment"
-            )
+        require_multiple(self.seq_length, self.pack_alignment)
         return self
 
 

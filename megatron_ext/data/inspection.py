@@ -1,29 +1,34 @@
 """A look into a tokenized dataset: totals, lengths, and samples with the trained tokens marked.
 
-A dataset folder brings the tokenizer that made its ids, so it can be looked into anywhere.
+A dataset folder brings the tokenizer that made its ids, so it can be looked into anywhere; a Megatron-LM pair does not,
+and shows numbers unless a tokenizer is named.
 """
 
 from __future__ import annotations
 
-import html
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.text import Text
 from tokenizers import Tokenizer
 
-from megatron_ext.data.encoding import read_tokenizer
-from megatron_ext.data.idxmap import Idxmap
-from megatron_ext.data.manifest import LOSS_MASK, TOKENIZER, TOKENS, DatasetManifest
-from megatron_ext.errors import SourceError
+from megatron_ext.data.datasets import Dataset, open_dataset
+from megatron_ext.data.idxmap import index_file
+from megatron_ext.data.inspection_views import render_html, render_terminal
+from megatron_ext.data.manifest import TOKENIZER, DatasetManifest, LengthStatistics
+from megatron_ext.data.tokenizers import read_tokenizer, tokenizer_file
+from megatron_ext.errors import DatasetFormatError, SourceError
+
+__all__ = ["Inspection", "Sample", "Token", "decode_each", "inspect_dataset", "render_html", "render_terminal"]
 
 SHOWN_TOKENS = 2048
 """Tokens of one sample that are shown at most."""
 UNFINISHED = "�"
 """What decoding gives for a character whose bytes are not all there yet."""
+PART = 1 << 20
+"""Documents whose lengths are counted at once."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,18 @@ class Token:
 
 @dataclass(frozen=True)
 class Sample:
-    """One document, or its first ``SHOWN_TOKENS`` tokens; ``length`` counts them all."""
+    """One document (of preference data: one side of it), or its first ``SHOWN_TOKENS``; ``length`` counts them all."""
 
     document: int
     length: int
     trained: int
     tokens: tuple[Token, ...]
+    side: str = ""
+
+    @property
+    def name(self) -> str:
+        """``document 3``, ``document 3, rejected``."""
+        return f"document {self.document}" + (f", {self.side}" if self.side else "")
 
     def runs(self) -> list[tuple[str, bool]]:
         """Text in stretches of tokens that are all trained, or all not."""
@@ -57,63 +68,115 @@ class Sample:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect_dataset`` found."""
+    """What ``inspect_dataset`` found; ``manifest`` is None for a Megatron-LM pair."""
 
     name: str
-    manifest: DatasetManifest
+    kind: str
+    documents: int
+    tokens: int
+    trained_tokens: int
+    lengths: LengthStatistics
+    dtype: str
+    manifest: DatasetManifest | None
     samples: tuple[Sample, ...]
 
     @property
     def trained_share(self) -> float:
         """Trained tokens over all tokens, 0 to 1."""
-        return self.manifest.trained_tokens / self.manifest.tokens
+        return self.trained_tokens / self.tokens
 
     def as_json(self) -> dict[str, Any]:
         """Everything as plain values."""
+        left_out = self.manifest.left_out if self.manifest else None
         return {
-            **self.manifest.model_dump(mode="json"),
+            **(self.manifest.model_dump(mode="json") if self.manifest else {}),
+            "kind": self.kind,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
             "trained_share": round(self.trained_share, 6),
+            "dropped": left_out.dropped if left_out else 0,
+            "truncated": left_out.truncated if left_out else 0,
+            "lengths": self.lengths.model_dump(mode="json"),
+            "dtype": self.dtype,
             "samples": [asdict(sample) for sample in self.samples],
         }
 
 
 def inspect_dataset(dataset: Path, samples: int, tokenizer: Path | None = None) -> Inspection:
-    """Look into a dataset folder.
+    """Look into a dataset.
 
     Args:
-        dataset: folder that ``mflow tokenize`` wrote.
+        dataset: folder that ``mflow tokenize`` wrote, or the prefix of a Megatron-LM pair.
         samples: documents to decode, spread evenly over the dataset.
-        tokenizer: a tokenizer.json to decode with; the dataset's own by default.
+        tokenizer: a tokenizer.json, or a folder with a tokenizer, to decode with; the dataset's own by default.
 
     Raises:
         SourceError: not a dataset, or a file of it is missing or damaged.
+        DatasetFormatError: it holds no tokens.
     """
-    manifest = DatasetManifest.read(dataset)
-    tokens, loss_mask = Idxmap(dataset / TOKENS), Idxmap(dataset / LOSS_MASK)
-    if not len(tokens) == len(loss_mask) == manifest.documents or not np.array_equal(tokens.lengths, loss_mask.lengths):
+    is_pair = index_file(dataset.with_suffix("") if dataset.suffix in (".bin", ".idx") else dataset).is_file()
+    manifest = None if is_pair else DatasetManifest.read(dataset)
+    opened = open_dataset(dataset)
+    count = len(opened.tokens[0])
+    if manifest and (count != manifest.documents or not _whole(opened)):
         raise SourceError(f"{dataset} is damaged: tokens, loss mask and manifest differ; make it again")
-    path = tokenizer or dataset / TOKENIZER
-    if not path.is_file():
+    lengths = manifest.lengths if manifest else _lengths(opened)
+    tokens = manifest.tokens if manifest else int(np.sum(opened.tokens[0].lengths, dtype=np.int64))
+    chosen = [number * count // samples for number in range(samples)] if 0 <= samples < count else range(count)
+    decode = _decoder(dataset, opened, tokenizer) if chosen else decode_as_numbers
+    return Inspection(
+        name=opened.place.name,
+        kind=opened.kind,
+        documents=count,
+        tokens=tokens,
+        trained_tokens=manifest.trained_tokens if manifest else tokens,
+        lengths=lengths,
+        dtype=opened.tokens[0].dtype.name,
+        manifest=manifest,
+        samples=tuple(sample for number in chosen for sample in _samples(opened, number, decode)),
+    )
+
+
+def _whole(dataset: Dataset) -> bool:
+    """Whether every idxmap is there and fits the others."""
+    counts = {len(tokens) for tokens in dataset.tokens}
+    return len(dataset.loss_masks) in (0, len(dataset.tokens)) and len(counts) == 1
+
+
+def _lengths(dataset: Dataset) -> LengthStatistics:
+    lengths = dataset.tokens[0].lengths
+    if not len(lengths) or not int(lengths.max()):
+        raise DatasetFormatError(f"{dataset.place} holds no tokens; preprocess the text again")
+    parts = (np.asarray(lengths[at : at + PART]) for at in range(0, len(lengths), PART))
+    return LengthStatistics.of(part[part > 0] for part in parts if part.any())
+
+
+def _decoder(place: Path, dataset: Dataset, tokenizer: Path | None) -> Callable[[list[int]], list[str]]:
+    if tokenizer is None and dataset.is_pair:
+        return decode_as_numbers
+    path = tokenizer or place / TOKENIZER
+    if path.is_dir():
+        path = tokenizer_file(path)
+    elif not path.is_file():
         raise SourceError(f"{path} does not exist; a dataset folder holds the tokenizer that made it")
     decoder = read_tokenizer(path)
-    count = max(0, min(samples, len(tokens)))
-    chosen = [number * len(tokens) // count for number in range(count)]
-    return Inspection(
-        name=dataset.name,
-        manifest=manifest,
-        samples=tuple(_sample(number, tokens[number], loss_mask[number], decoder) for number in chosen),
-    )
+    return lambda ids: decode_each(ids, decoder)
 
 
-def _sample(number: int, ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> Sample:
-    shown = ids[:SHOWN_TOKENS].tolist()
-    tokens = tuple(
-        Token(id, text, trained)
-        for id, text, trained in zip(
-            shown, decode_each(shown, tokenizer), mask[:SHOWN_TOKENS].astype(bool).tolist(), strict=True
-        )
-    )
-    return Sample(number, len(ids), int(mask.sum()), tokens)
+def _samples(dataset: Dataset, number: int, decode: Callable[[list[int]], list[str]]) -> Iterator[Sample]:
+    for place, side in enumerate(dataset.sides):
+        ids = dataset.tokens[place][number]
+        mask = dataset.loss_masks[place][number].astype(bool) if dataset.loss_masks else np.ones(len(ids), dtype=bool)
+        shown = ids[:SHOWN_TOKENS].tolist()
+        texts = decode(shown)
+        tokens = tuple(Token(*one) for one in zip(shown, texts, mask[:SHOWN_TOKENS].tolist(), strict=True))
+        yield Sample(number, len(ids), int(mask.sum()), tokens, side.rstrip("_"))
+
+
+def decode_as_numbers(ids: list[int]) -> list[str]:
+    """Ids as text, for data that comes without a tokenizer."""
+    return [f"{number} " for number in ids]
 
 
 def decode_each(ids: list[int], tokenizer: Tokenizer) -> list[str]:
@@ -129,79 +192,3 @@ def decode_each(ids: list[int], tokenizer: Tokenizer) -> list[str]:
             texts.append(text[len(context) :])
             start, read = read, end
     return texts
-
-
-def render_terminal(inspection: Inspection, console: Console) -> None:
-    """Print it: trained tokens in colour, or between ``[[`` and ``]]`` where the console has no colour."""
-    coloured = console.color_system is not None and not console.no_color
-    for line in _facts(inspection):
-        console.print(Text(line))
-    console.print(Text("lengths in tokens:"))
-    bars = inspection.manifest.lengths.histogram
-    most = max(bar.documents for bar in bars)
-    for bar in bars:
-        console.print(Text(f"  up to {bar.up_to:>7,}  {bar.documents:>9,}  {'#' * round(40 * bar.documents / most)}"))
-    marks = "in green" if coloured else "between [[ and ]]"
-    for sample in inspection.samples:
-        shown = "" if len(sample.tokens) == sample.length else f", the first {len(sample.tokens)} shown"
-        head = f"document {sample.document}: {sample.length} tokens, {sample.trained} trained ({marks}){shown}"
-        console.print()
-        console.print(Text(head, style="bold"))
-        text = Text()
-        for run, trained in sample.runs():
-            if coloured:
-                text.append(run, style="bold green" if trained else "dim")
-            else:
-                text.append(f"[[{run}]]" if trained else run)
-        console.print(text)
-
-
-def render_html(inspection: Inspection) -> str:
-    """The same as an HTML fragment without outside references; its style is its own."""
-    facts = "".join(f"<li>{html.escape(line)}</li>" for line in _facts(inspection))
-    bars = inspection.manifest.lengths.histogram
-    most = max(bar.documents for bar in bars)
-    rows = "".join(
-        f"<tr><td>up to {bar.up_to:,}</td><td>{bar.documents:,}</td>"
-        f'<td><span class="bar" style="width:{100 * bar.documents / most:.1f}%"></span></td></tr>'
-        for bar in bars
-    )
-    samples = "".join(_sample_html(sample) for sample in inspection.samples)
-    return (
-        f'<section class="mflow-dataset"><style>{STYLE}</style><ul>{facts}</ul>'
-        f"<table><caption>lengths in tokens</caption>{rows}</table>{samples}</section>"
-    )
-
-
-STYLE = (
-    ".mflow-dataset pre{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ccc;padding:.6em;color:#555}"
-    ".mflow-dataset mark{background:#c9f2cf;color:#063d12}"
-    ".mflow-dataset td:last-child{width:20em}.mflow-dataset td{text-align:right;padding-right:1em}"
-    ".mflow-dataset .bar{display:block;height:.8em;background:#6aa7e8}"
-    ".mflow-dataset caption{text-align:left}"
-)
-
-
-def _sample_html(sample: Sample) -> str:
-    shown = "" if len(sample.tokens) == sample.length else f", the first {len(sample.tokens)} shown"
-    text = "".join(
-        f"<mark>{html.escape(run)}</mark>" if trained else html.escape(run) for run, trained in sample.runs()
-    )
-    head = f"document {sample.document}: {sample.length} tokens, {sample.trained} trained{shown}"
-    return f"<h4>{head}</h4><pre>{text}</pre>"
-
-
-def _facts(inspection: Inspection) -> list[str]:
-    manifest = inspection.manifest
-    lengths = manifest.lengths
-    lines = [
-        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.trained_tokens:,} trained "
-        f"({inspection.trained_share:.1%})",
-        f"length {lengths.min:,} to {lengths.max:,} tokens, {lengths.mean:,.1f} on average",
-        f"chat template {manifest.chat_template.name}, rows {manifest.row_format}, "
-        f"vocabulary {manifest.vocab_size:,} ({manifest.dtype})",
-        f"why: {manifest.why}",
-    ]
-    if manifest.untrained_documents:
-        lines.append(f"{manifest.untrained_documents:,} documents have no trained token")
-    return lines

@@ -88,7 +88,7 @@ def test_processes_that_ask_at_once_get_one_answer(tmp_path: Path) -> None:
     folder = dataset(tmp_path / "data", draw(3000, 1))
     script = (
         "import sys; from pathlib import Path; from megatron_ext.data.selection import *;"
-        "print(select_from(Path(sys.argv[1]), Choice(seq_length=64, seed=3)).packing.documents.tolist())"
+        "print(select(open_dataset(Path(sys.argv[1])), Choice(seq_length=64, seed=3)).packing.documents.tolist())"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
