@@ -28,7 +28,7 @@ READ = {
     "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "tie_word_embeddings",
 }  # fmt: skip
 """Keys that every family reads; a family adds those of its ``config_defaults`` and ``config_required``."""
-REQUIRED = {"quantization_config": None, "attention_bias": False, "mlp_bias": False}
+REQUIRED = {"quantization_config": None, "attention_bias": False, "mlp_bias": False, "rope_interleaved": False}
 """What must hold where a family does not say otherwise."""
 WITHOUT_EFFECT = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range", "pretraining_tp",
@@ -36,7 +36,8 @@ WITHOUT_EFFECT = {
     "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "is_decoder", "is_encoder_decoder",
     "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "chunk_size_feed_forward",
     "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix",
-    "max_length", "max_sequence_length", "use_mrope", "unsloth_version", "unsloth_fixed",
+    "max_length", "max_sequence_length", "model_max_length", "use_mrope", "is_llama_config", "gradient_checkpointing",
+    "unsloth_version", "unsloth_fixed", "transformers.js_config",
 }  # fmt: skip
 """Keys that change nothing that is converted: token ids, loading, initialization, generation, training-time dropout."""
 REQUANTIZE = "export the weights unquantized first"
