@@ -9,7 +9,9 @@ import pytest
 from training import column, events, records, run, write_checkpoint, write_dataset, write_job
 
 from megatron_ext.config import TrainConfig
-from megatron_ext.data.idxmap import Idxmap
+from megatron_ext.data.datasets import open_dataset
+from megatron_ext.data.idxmap import Idxmap, IdxmapWriter
+from megatron_ext.data.samples import Samples
 from megatron_ext.training.plan import make_plan
 
 LENGTHS = [3, 64, 17, 31, 64, 5, 22, 9, 90, 40, 2, 13]
@@ -72,6 +74,28 @@ def test_alignment_moves_samples_apart_and_changes_nothing(base: Path) -> None:
         assert column(loose, name) == pytest.approx(column(tight, name), rel=close)
     for name in ("tokens", "trained_tokens"):
         assert column(loose, name) == column(tight, name)
+
+
+def test_a_megatron_pair_is_trained_on_as_it_is_every_token_with_transformers_loss(base: Path) -> None:
+    import torch
+    import transformers
+
+    draw, prefix = np.random.default_rng(5), base / "corpus_text_document"
+    with IdxmapWriter(prefix, np.uint16) as writer:
+        writer.add(draw.integers(0, 400, 400), np.asarray([150, 30, 220]))
+    windows = make_plan(TrainConfig(seq_length=64, global_batch_size=1, train_iters=1, lr=1e-3, seed=7), prefix)
+    settings = {"train_iters": 2, "lr_warmup_iters": 0, "global_batch_size": len(windows.packing)}
+    run(write_job(base / "text", base / "base" / "checkpoint", prefix, settings))
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base / "base" / "hf").eval()
+    samples, losses = Samples(open_dataset(prefix), windows.stream), []
+    for number in range(6):
+        ids = torch.from_numpy(samples.read(number, 65).tokens.astype(np.int64))[None]
+        with torch.no_grad():
+            losses.append(model(ids, labels=ids).loss.item())
+    assert column(base / "text", "loss")[0] == pytest.approx(sum(losses) / 6, abs=1e-5)
+    assert column(base / "text", "trained_tokens") == [6 * 64, 6 * 64]
+    assert column(base / "text", "padding") == [0, 0]
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training_and_names_step_samples_and_checkpoint(base: Path) -> None:
