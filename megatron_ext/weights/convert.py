@@ -79,9 +79,9 @@ def convert(
     plan, reader = source.plan, source.reader
     dtypes = checkpoint_dtypes(plan, reader, dtype)
     total = stored_bytes(plan, dtypes)
-    manifest = laid_out(_manifest(model, source, changes, dtypes, keep_own=dtype is None), layout)
     if layout is not None:
         check_sizes(plan, source.architecture, layout)
+    manifest = laid_out(_manifest(model, source, changes, dtypes, keep_own=dtype is None), layout)
     with emptied_on_failure(out):
         writer = checkpoint_writer(out, plan, dtypes, source.architecture, layout)
         write_checkpoint(writer, plan, reader, dtypes, events)
