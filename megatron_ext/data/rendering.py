@@ -3,32 +3,24 @@
 A template with ``{% generation %}`` says itself which spans these are; they are taken as transformers takes them.
 From any other template they are derived from what it renders: assistant turn i starts where the prompt for it ends
 (the rendering of all earlier messages with ``add_generation_prompt``) and ends behind its end marker.
-
-Source: ``transformers.utils.chat_template_utils`` (environment, filters, globals, tracking of generation blocks).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from datetime import datetime
 from typing import Any, NamedTuple
 
-import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from megatron_ext.data.chat_templates import TemplateSource
-from megatron_ext.data.formats import Conversation, Message
+from megatron_ext.data.formats import Conversation, Message, Preference
+from megatron_ext.data.skeletons import Inspected, Skeleton, Span, mark, watched
+from megatron_ext.data.templating import Program, compiled
 from megatron_ext.errors import ChatTemplateError
 
-Span = tuple[int, int]
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 USER, ASSISTANT = "mflowprobeuser", "mflowprobeassistant"
-TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-"""What a template can raise on messages it was not written for."""
+SKELETONS = 1024
+"""Sequences of roles that are remembered."""
 
 
 class Rendered(NamedTuple):
@@ -38,63 +30,37 @@ class Rendered(NamedTuple):
     spans: list[Span]
 
 
-class _Generation(Extension):
-    """The ``{% generation %}`` block: notes where its output starts in the text rendered so far."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        self.length = 0
-        self.found: list[tuple[int, str]] = []
-        environment.extend(generation=self)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
-
-    def _note(self, caller: Any) -> str:
-        text = caller()
-        self.found.append((self.length, text))
-        return text
-
-
 class ChatTemplate:
-    """A compiled chat template.
+    """A compiled chat template, and the rule which of its text is trained.
 
     Args:
         source: the template.
         tokens: special tokens by name (``bos_token``, …), which templates read.
+        last_turn_only: train the last assistant turn of a conversation alone.
+        train_on_prompt: train the whole text of a conversation.
+        now: what ``strftime_now`` writes; all processes that render one dataset should be given the same.
 
     Raises:
         ChatTemplateError: the template is not valid Jinja, or writes an ``eos_token`` that the tokenizer lacks.
     """
 
-    def __init__(self, source: TemplateSource, tokens: dict[str, str]) -> None:
+    def __init__(
+        self,
+        source: TemplateSource,
+        tokens: dict[str, str],
+        *,
+        last_turn_only: bool = False,
+        train_on_prompt: bool = False,
+        now: datetime | None = None,
+    ) -> None:
+        now = now or datetime.now()
         self.name = source.name
-        now = datetime.now()  # one moment for all documents of a dataset
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals.update(raise_exception=_raise_exception, strftime_now=now.strftime)
-        self._generation: _Generation = environment.extensions[_Generation.identifier]  # type: ignore[assignment]
-        try:
-            names = meta.find_undeclared_variables(environment.parse(source.text))
-            self._template = environment.from_string(source.text)
-        except jinja2.TemplateError as error:
-            line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise ChatTemplateError(f"chat template {self.name!r}{line} is not valid Jinja: {error}") from None
-        if "eos_token" in names and "eos_token" not in tokens:
-            raise ChatTemplateError(
-                f"chat template {self.name!r} ends turns with eos_token, but the tokenizer names none; "
-                "set eos_token in tokenizer_config.json or choose another template"
-            )
-        # ready-made, because Template.generate() would gather the globals anew for every document
-        self._variables = {**self._template.globals, **tokens, "documents": None}
+        self.last_turn_only, self.train_on_prompt = last_turn_only, train_on_prompt
         self.writes_date = "strftime_now" in source.text
         self.marks_generation = bool(GENERATION.search(source.text))
+        self._program = compiled(source, tokens, now)
+        self._watched = watched(source, tokens, now)
+        self._skeletons: dict[tuple[Any, ...], Skeleton | None] = {}
         self._learn()
 
     def _learn(self) -> None:
@@ -112,7 +78,7 @@ class ChatTemplate:
         """What follows an answer, white space at the end left out; empty when the template writes nothing there."""
         self.trains_end_marker = True
         if self.marks_generation and self.end_marker:
-            rendered = self.render(Conversation(answered))
+            rendered = self._by_jinja(self._program, Conversation(answered), last_only=False)
             self.trains_end_marker = any(rendered.text[:end].endswith(self.end_marker) for _, end in rendered.spans)
 
     def text(self, messages: list[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
@@ -121,26 +87,25 @@ class ChatTemplate:
         Raises:
             ChatTemplateError: the template refuses them.
         """
-        return "".join(self._blocks(messages, tools, prompt))
+        return self._program.text(messages, tools, prompt=prompt)
 
     def render(self, conversation: Conversation) -> Rendered:
-        """The conversation as text, and the spans to train.
+        """The conversation as text, and the spans to train: assistant turns from ``trained_from`` on.
 
         Raises:
             ChatTemplateError: the template refuses the messages, or its assistant turns cannot be told apart.
         """
-        messages, tools = conversation.messages, conversation.tools
-        if not self.marks_generation:
-            text = self.text(messages, tools)
-            return Rendered(text, self._derived(text, messages, tools))
-        text = self.text(messages, tools)
-        spans = [(start, start + len(body)) for start, body in self._generation.found if body]
-        if any(not text.startswith(body, start) for start, body in self._generation.found):
-            raise ChatTemplateError(
-                f"chat template {self.name!r} has {{% generation %}} where its place in the text is unknown "
-                "(in a macro or a captured block); move it to the top level of the template"
-            )
-        return Rendered(text, spans)
+        rendered = self._rendered(conversation, self.last_turn_only)
+        return Rendered(rendered.text, [(0, len(rendered.text))]) if self.train_on_prompt else rendered
+
+    def render_pair(self, preference: Preference) -> tuple[Rendered, Rendered]:
+        """Chosen and rejected, each with the prompt in front; the answer is trained, whatever the options say.
+
+        Raises:
+            ChatTemplateError: as ``render``.
+        """
+        chosen, rejected = preference.conversations()
+        return self._rendered(chosen, False), self._rendered(rejected, False)
 
     def takes_tools(self) -> bool:
         """Whether tools, tool calls and tool answers all appear in what the template renders."""
@@ -160,30 +125,92 @@ class ChatTemplate:
             return False
         return all(word in text for word in (name, argument, value, answer, tool, ASSISTANT))
 
-    def _blocks(self, messages: list[Message], tools: list[Any] | None, prompt: bool) -> list[str]:
-        generation = self._generation
-        generation.length, generation.found = 0, []
-        blocks = []
-        variables = {**self._variables, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
-        try:
-            for block in self._template.root_render_func(self._template.new_context(variables, shared=True)):
-                generation.length += len(block)
-                blocks.append(block)
-        except TEMPLATE_FAULTS as error:
-            raise ChatTemplateError(f"chat template {self.name!r} refuses the conversation: {error}") from None
-        except RecursionError:
-            raise ChatTemplateError(f"chat template {self.name!r} never ends") from None
-        return blocks
+    # --- by skeleton, where there is one ------------------------------------------------------------------------
 
-    def _derived(self, text: str, messages: list[Message], tools: list[Any] | None) -> list[Span]:
+    def _rendered(self, conversation: Conversation, last_only: bool) -> Rendered:
+        if self._watched is not None and conversation.tools is None:
+            messages = conversation.messages
+            key = (last_only, conversation.trained_from, *[m["role"] for m in messages if len(m) == 2])
+            if len(key) == len(messages) + 2:
+                try:
+                    skeleton = self._skeletons[key]
+                except KeyError:
+                    skeleton = self._remember(self._watched, key, conversation, last_only)
+                if skeleton is not None:
+                    text, spans = skeleton.filled(messages)
+                    if len(spans) == len(skeleton.spans):
+                        return Rendered(text, spans)
+        return self._by_jinja(self._program, conversation, last_only)
+
+    def _remember(
+        self, program: Program, key: tuple[Any, ...], conversation: Conversation, last_only: bool
+    ) -> Skeleton | None:
+        """The skeleton of conversations like this one, or None if there is none; checked on this one."""
+        if len(self._skeletons) >= SKELETONS:
+            return None
+        marked = [{"role": m["role"], "content": mark(number)} for number, m in enumerate(conversation.messages)]
+        skeleton = None
+        try:
+            rendered = self._by_jinja(program, Conversation(marked, None, conversation.trained_from), last_only)
+            skeleton = Skeleton.of(*rendered)
+            if skeleton.filled(conversation.messages) != self._by_jinja(self._program, conversation, last_only):
+                skeleton = None
+        except (Inspected, ChatTemplateError):
+            pass
+        self._skeletons[key] = skeleton
+        return skeleton
+
+    # --- by Jinja -----------------------------------------------------------------------------------------------
+
+    def _by_jinja(self, program: Program, conversation: Conversation, last_only: bool) -> Rendered:
+        messages, tools = conversation.messages, conversation.tools
+        first = conversation.trained_from
+        answers = [n for n, message in enumerate(messages) if n >= first and message["role"] == "assistant"]
+        if last_only:
+            answers = answers[-1:]
+        text = program.text(messages, tools)
+        if not self.marks_generation:
+            return Rendered(text, self._derived(program, text, messages, tools, answers))
+        found = program.generated
+        if any(not text.startswith(body, start) for start, body in found):
+            raise ChatTemplateError(
+                f"chat template {self.name!r} has {{% generation %}} where its place in the text is unknown "
+                "(in a macro or a captured block); move it to the top level of the template"
+            )
+        if last_only or first:
+            found = self._of_answers(program, found, text, messages, tools, answers)
+        return Rendered(text, [(start, start + len(body)) for start, body in found if body])
+
+    def _of_answers(
+        self,
+        program: Program,
+        found: list[tuple[int, str]],
+        text: str,
+        messages: list[Message],
+        tools: list[Any] | None,
+        answers: list[int],
+    ) -> list[tuple[int, str]]:
+        """The generation blocks of some of the assistant's turns."""
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(turns) == len(found):
+            return [block for number, block in zip(turns, found, strict=True) if number in answers]
+        prompt = program.text(messages[: answers[0]], tools, prompt=True) if answers and answers[0] else ""
+        if not answers or not text.startswith(prompt):
+            raise ChatTemplateError(
+                f"chat template {self.name!r} writes {len(found)} generation blocks for {len(turns)} assistant turns, "
+                "so it cannot be told which belong to the answer; give each turn one block"
+            )
+        return [block for block in found if block[0] >= len(prompt)]
+
+    def _derived(
+        self, program: Program, text: str, messages: list[Message], tools: list[Any] | None, answers: list[int]
+    ) -> list[Span]:
         spans: list[Span] = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        for number in answers:
             at = spans[-1][1] if spans else 0
             start, end = (
-                self._by_prefix(text, messages, tools, number)
-                or self._by_sentinel(text, messages, tools, number)
+                self._by_prefix(program, text, messages, tools, number)
+                or self._by_sentinel(program, text, messages, tools, number)
                 or (0, 0)
             )
             if not at <= start < end:
@@ -194,36 +221,40 @@ class ChatTemplate:
             spans.append((start, end))
         return spans
 
-    def _by_prefix(self, text: str, messages: list[Message], tools: list[Any] | None, number: int) -> Span | None:
+    def _by_prefix(
+        self, program: Program, text: str, messages: list[Message], tools: list[Any] | None, number: int
+    ) -> Span | None:
         """Span of a message where the text before and up to it does not depend on what follows."""
         if number == 0:
             return None
         last = number == len(messages) - 1
         try:
-            before = self.text(messages[:number], tools, prompt=True)
-            through = text if last else self.text(messages[: number + 1], tools)
+            before = program.text(messages[:number], tools, prompt=True)
+            through = text if last else program.text(messages[: number + 1], tools)
         except ChatTemplateError:
             return None
         if not (text.startswith(before) and text.startswith(through) and len(before) < len(through)):
             return None
         start = len(before)
-        if not self.generation_prompt and (content := messages[number]["content"].strip()):
-            at = text.find(content, start)
-            if at < 0:
+        if not self.generation_prompt:  # the template may write a header first that is no prompt for it
+            located = self._by_sentinel(program, text, messages, tools, number)
+            if located is None and messages[number]["content"].strip():
                 return None
-            if text[start:at].strip():  # a template without a prompt for answers writes their header first
-                start = at
+            if located is not None and text[start : located[0]].strip():
+                start = located[0]
         if not self.end_marker:
             return start, len(through)
         trimmed = through.rstrip()
         return (start, len(trimmed)) if trimmed.endswith(self.end_marker) and len(trimmed) > start else None
 
-    def _by_sentinel(self, text: str, messages: list[Message], tools: list[Any] | None, number: int) -> Span | None:
+    def _by_sentinel(
+        self, program: Program, text: str, messages: list[Message], tools: list[Any] | None, number: int
+    ) -> Span | None:
         """Span of a message found by writing something else in its place: what changes is the message."""
         changed = [*messages]
         changed[number] = {**messages[number], "content": ASSISTANT}
         try:
-            before, found, after = self.text(changed, tools).partition(ASSISTANT)
+            before, found, after = program.text(changed, tools).partition(ASSISTANT)
         except ChatTemplateError:
             return None
         end = len(text) - len(after)
@@ -232,18 +263,3 @@ class ChatTemplate:
         if self.end_marker and after.startswith(self.end_marker):
             end += len(self.end_marker)
         return len(before), end
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without the escapes for HTML that Jinja's own filter adds."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

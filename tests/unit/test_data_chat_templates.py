@@ -127,15 +127,15 @@ TWO_TURNS = chat("Hi", "Hello", "Bye", " See you \n")
         ),
         (
             "llama2",
-            "<s>[INST] Hi [/INST] Hello </s><s>[INST] Bye [/INST] See you </s>",
-            [" Hello </s>", " See you </s>"],
+            "<s>[INST] Hi [/INST] Hello </s><s>[INST] Bye [/INST]  See you \n </s>",
+            [" Hello </s>", "  See you \n </s>"],
         ),
         (
             "llama3",
             "<s><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
             "\n\nHello<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant"
-            "<|end_header_id|>\n\nSee you<|eot_id|>",
-            ["Hello<|eot_id|>", "See you<|eot_id|>"],
+            "<|end_header_id|>\n\n See you \n<|eot_id|>",
+            ["Hello<|eot_id|>", " See you \n<|eot_id|>"],
         ),
         (
             "mistral-instruct",
