@@ -220,4 +220,4 @@ def _optional(values: Mapping[str, Any], key: str) -> float | bool:
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
-    return repr(values[key]) if key in values else "missing"
+    return "missing" if values.get(key) is None else repr(values[key])

@@ -113,7 +113,7 @@ def test_checkpoint_of_another_family_is_refused(place):
 
 def test_unknown_model_type_is_refused(place):
     change_config(place, model_type="gpt2")
-    refused(place, UnsupportedModelError, "'gpt2'", "Available: llama, qwen2")
+    refused(place, UnsupportedModelError, "'gpt2'", "Available: llama, mistral")
 
 
 def test_another_tokenizer_is_refused(place):
