@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RECIPE ?= deployments/recipes/demo_sft.yaml
 
-.PHONY: setup demo up test test-all lint clean
+.PHONY: setup demo up test test-all bench-checkpoints lint clean
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -24,6 +24,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu and not npu" $(PYTEST_ARGS)
+
+# Speed and memory of convert and export beside cp; 10 minutes and 45 GB of disk. BENCH_ARGS='--without-7b' for 10 GB.
+bench-checkpoints: setup
+	$(BIN)/python tests/benchmarks/bench_checkpoints.py $(BENCH_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

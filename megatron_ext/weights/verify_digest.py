@@ -22,8 +22,9 @@ from megatron_ext.errors import CheckpointError, SourceError, VerificationError,
 from megatron_ext.events import Events
 from megatron_ext.families.base import Part, Weight
 from megatron_ext.weights.hf import NAMES, TensorInfo
+from megatron_ext.weights.pipeline import PIECE_BYTES
 from megatron_ext.weights.rules import Move
-from megatron_ext.weights.streams import PIECE_BYTES, CheckpointReader, HFReader, row_blocks, row_bytes
+from megatron_ext.weights.streams import CheckpointReader, HFReader, bounded, row_bytes
 
 THREADS = 2
 Direction = Literal["to_checkpoint", "to_model"]
@@ -72,8 +73,11 @@ def compare(
             weight, fresh = unit
             pair = readers.get()
             try:
-                size = _compare_weight(weight, *pair, sides, tensors, direction)
-                return size, {part.name: tensor_digest(part, tensors[part.name], pair[1]) for part in fresh}
+                running = {part.name: _Running(tensors[part.name]) for part in fresh if part.index is None}
+                size = _compare_weight(weight, *pair, sides, tensors, direction, running)
+                found = {name: hasher.hexdigest() for name, hasher in running.items() if hasher.whole}
+                rest = (part for part in fresh if part.name not in found)
+                return size, found | {part.name: tensor_digest(part, tensors[part.name], pair[1]) for part in rest}
             finally:
                 readers.put(pair)
 
@@ -123,13 +127,33 @@ def require_every_row(plan: list[Weight]) -> None:
 
 def tensor_digest(part: Part, info: TensorInfo, source: HFReader) -> str:
     """xxh3-128 over type, shape and bytes of the Hugging Face tensor that ``part`` belongs to."""
-    hasher = xxhash.xxh3_128(f"{NAMES[info.dtype]} {list(info.shape)} ".encode())
-    whole = Part(part.name, info.shape)
+    running, whole = _Running(info), Part(part.name, info.shape)
     step = max(1, PIECE_BYTES // row_bytes(info.shape, info.dtype))
     for start in range(0, info.shape[0], step):
-        rows = source.rows(whole, start, min(step, info.shape[0] - start))
-        hasher.update(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return hasher.hexdigest()
+        running.update(start, source.rows(whole, start, min(step, info.shape[0] - start)))
+    return running.hexdigest()
+
+
+class _Running:
+    """Digest of a Hugging Face tensor whose rows are seen, one after the other, while they are compared."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self._hasher = xxhash.xxh3_128(f"{NAMES[info.dtype]} {list(info.shape)} ".encode())
+        self._next, self._rows = 0, info.shape[0]
+
+    def update(self, start: int, rows: torch.Tensor) -> None:
+        """The rows from ``start`` on; ignored if others should have come before."""
+        if start == self._next:
+            self._next += len(rows)
+            self._hasher.update(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows have been seen in their order."""
+        return self._next == self._rows
+
+    def hexdigest(self) -> str:
+        return self._hasher.hexdigest()
 
 
 def _units(plan: list[Weight]) -> Iterator[tuple[Weight, list[Part]]]:
@@ -148,34 +172,28 @@ def _compare_weight(
     sides: Sides,
     tensors: dict[str, TensorInfo],
     direction: Direction,
+    running: dict[str, _Running],
 ) -> int:
-    """Bytes that are equal."""
+    """Bytes that are equal; what is read of the model goes into ``running`` digests, too."""
     stored, size = checkpoint.dtypes[weight.key], 0
     try:
-        for start, count in row_blocks(weight, stored):
-            block = checkpoint.rows(weight, start, count)
-            for part, source, target, rows in _within(weight.moves, start, count):
-                theirs = model.rows(weight.parts[part], source, rows)
-                ours = block[target - start : target - start + rows]
-                if direction == "to_checkpoint":
-                    theirs = theirs.to(stored)
-                else:
-                    ours = ours.to(tensors[weight.parts[part].name].dtype)
-                if not same_bits(ours, theirs):
-                    raise VerificationError(_difference(weight, Move(part, source, target, rows), ours, theirs, sides))
-                size += theirs.nbytes
+        for move in bounded(weight.moves, row_bytes(weight.own_shape, stored), PIECE_BYTES):
+            part = weight.parts[move.part]
+            ours = checkpoint.rows(weight, move.target, move.rows)
+            theirs = model.rows(part, move.source, move.rows)
+            if part.name in running:
+                running[part.name].update(move.source, theirs)
+            if direction == "to_checkpoint":
+                theirs = theirs.to(stored)
+            else:
+                ours = ours.to(tensors[part.name].dtype)
+            if not same_bits(ours, theirs):
+                raise VerificationError(_difference(weight, move, ours, theirs, sides))
+            size += theirs.nbytes
     except (CheckpointError, SourceError) as error:
         names = ", ".join(part.name for part in weight.parts)
         raise VerificationError(f"{names} cannot be compared: {error}") from None
     return size
-
-
-def _within(moves: tuple[Move, ...], start: int, count: int) -> Iterator[Move]:
-    """The moves, cut to the megatron-core rows from ``start`` on."""
-    for part, source, target, rows in moves:
-        low, high = max(start, target), min(start + count, target + rows)
-        if low < high:
-            yield Move(part, source + low - target, low, high - low)
 
 
 _memcmp = ctypes.CDLL(None).memcmp  # 8 GB/s a thread where torch.equal has 5, and NaNs equal themselves

@@ -1,0 +1,250 @@
+"""Speed and memory of convert and export beside ``cp`` + fsync of the same bytes on the same disk.
+
+Run: ``make bench-checkpoints`` (or ``python tests/benchmarks/bench_checkpoints.py --help``). Random bf16 weights in the
+shape of Qwen2.5-1.5B are written to a temporary folder and stay in the page cache. Every measurement is a process of
+its own: the table's speed is that of the stage (from reading config.json to the last fsync), the wall column the whole
+process with its imports. A ``cp`` + fsync runs right before each, and each ratio is to that one; medians of all rounds.
+Anonymous memory is the peak of RssAnon of the whole process, and is taken on a 7B-shaped model too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+SHAPES = {
+    "tiny": {"layers": 2, "hidden": 1536, "ffn": 8960, "heads": 12, "groups": 2, "vocabulary": 65536, "tied": True},
+    "1.5B": {"layers": 28, "hidden": 1536, "ffn": 8960, "heads": 12, "groups": 2, "vocabulary": 151936, "tied": True},
+    "7B": {"layers": 28, "hidden": 3584, "ffn": 18944, "heads": 28, "groups": 4, "vocabulary": 152064, "tied": False},
+}
+SHARD_BYTES = 4_000_000_000
+STAGE = """
+import json, sys, time
+from pathlib import Path
+stage, model, checkpoint, out, verify = sys.argv[1:]
+began = time.monotonic()
+from megatron_ext.events import Events
+from megatron_ext.folders import fsync_tree
+from megatron_ext.weights.convert import convert
+from megatron_ext.weights.export import export
+imported = time.monotonic()
+Path(out).mkdir()
+if stage == "convert":
+    convert(Path(model), Path(out), dtype=None, events=Events(), verify=verify)
+else:
+    export(Path(checkpoint), Path(model), Path(out), dtype=None, events=Events())
+fsync_tree(Path(out))
+print(json.dumps({"seconds": time.monotonic() - imported, "imports": imported - began}))
+"""
+
+
+@dataclass
+class Series:
+    """What was measured of one command, round by round; bytes and seconds."""
+
+    rates: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    walls: list[float] = field(default_factory=list)
+    anonymous: list[int] = field(default_factory=list)
+
+
+def main() -> None:
+    """Measure, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shape", choices=SHAPES, default="1.5B", help="of the model whose speed is measured")
+    parser.add_argument("--without-7b", action="store_true", help="leave out the 7B-shaped model (needs 32 GB of disk)")
+    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure; default: the temporary one")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-checkpoints-") as name:
+        place = Path(name)
+        say(machine(place))
+        say(speed_table(place, options.shape, options.rounds))
+        if not options.without_7b:
+            say(memory_table(place))
+
+
+def say(text: str) -> None:
+    """To standard output, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def speed_table(place: Path, shape: str, rounds: int) -> str:
+    """Every command beside cp, in rounds."""
+    model = write_model(place / "model", **SHAPES[shape])
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    measure("convert", model, place / "checkpoint")  # what export reads; and the model is in the page cache
+    commands = {
+        "convert --verify none": ("convert", "none"),
+        "convert --verify digest": ("convert", "digest"),
+        "export": ("export", "none"),
+    }
+    series = {name: Series() for name in ("cp + fsync", *commands)}
+    for _ in range(rounds):
+        for name, (stage, verify) in commands.items():
+            copied = copy(model, place / "copy")
+            series["cp + fsync"].rates.append(size / copied)
+            found = measure(stage, model, place / "out", place / "checkpoint", verify)
+            shutil.rmtree(place / "out")
+            series[name].rates.append(size / found["seconds"])
+            series[name].ratios.append(copied / found["seconds"])
+            series[name].walls.append(found["wall"])
+            series[name].anonymous.append(found["anonymous"])
+    shutil.rmtree(place / "checkpoint")
+    shutil.rmtree(model)
+    rows = [f"| {name} | {_columns(values)} |" for name, values in series.items()]
+    head = f"Qwen2.5-{shape} shape, {size / 1e9:.2f} GB bf16, medians of {rounds} rounds"
+    titles = "| | GB/s | to cp in the same round (least to most) | wall s, imports included | peak RssAnon MB |"
+    return "\n".join(["", head, "", titles, "|---|---|---|---|---|", *rows])
+
+
+def _columns(values: Series) -> str:
+    rate = f"{statistics.median(values.rates) / 1e9:.2f}"
+    if not values.ratios:
+        return f"{rate} | 1 | | "
+    spread = f"{statistics.median(values.ratios):.2f}x ({min(values.ratios):.2f}x to {max(values.ratios):.2f}x)"
+    return f"{rate} | {spread} | {statistics.median(values.walls):.1f} | {max(values.anonymous) / 1e6:.0f}"
+
+
+def memory_table(place: Path) -> str:
+    """Anonymous memory of every command on a model of five times the size."""
+    model = write_model(place / "large", **SHAPES["7B"])
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    rows = []
+    found = measure("convert", model, place / "large-checkpoint", verify="digest")
+    rows.append(f"| convert --verify digest | {found['seconds']:.1f} | {found['anonymous'] / 1e6:.0f} |")
+    found = measure("export", model, place / "large-back", place / "large-checkpoint")
+    rows.append(f"| export | {found['seconds']:.1f} | {found['anonymous'] / 1e6:.0f} |")
+    for name in ("large", "large-checkpoint", "large-back"):
+        shutil.rmtree(place / name)
+    head = f"Qwen2.5-7B shape, {size / 1e9:.1f} GB bf16, one run"
+    return "\n".join(["", head, "", "| | s | peak RssAnon MB |", "|---|---|---|", *rows])
+
+
+def copy(model: Path, target: Path) -> float:
+    """Seconds of ``cp`` and fsync; the copy is removed."""
+    os.sync()
+    began = time.monotonic()
+    subprocess.run(["cp", "-r", str(model), str(target)], check=True)
+    for path in [*target.iterdir(), target]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    seconds = time.monotonic() - began
+    shutil.rmtree(target)
+    return seconds
+
+
+def measure(stage: str, model: Path, out: Path, checkpoint: Path = Path(), verify: str = "none") -> dict[str, float]:
+    """One run in a process of its own: seconds of the stage, wall seconds, and peak RssAnon in bytes."""
+    os.sync()
+    began = time.monotonic()
+    command = [sys.executable, "-c", STAGE, stage, str(model), str(checkpoint), str(out), verify]
+    peak, ended = [0], threading.Event()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        watcher = threading.Thread(target=_watch, args=(process.pid, peak, ended))
+        watcher.start()
+        output = process.communicate()[0]
+        ended.set()
+        watcher.join()
+    if process.returncode != 0:
+        sys.exit(f"{stage} failed with exit code {process.returncode}")
+    return json.loads(output.splitlines()[-1]) | {"wall": time.monotonic() - began, "anonymous": peak[0]}
+
+
+def _watch(pid: int, peak: list[int], ended: threading.Event) -> None:
+    status = Path(f"/proc/{pid}/status")
+    while not ended.wait(0.005):
+        with contextlib.suppress(OSError):  # it has just ended
+            for line in status.read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    peak[0] = max(peak[0], int(line.split()[1]) * 1024)
+
+
+def write_model(
+    folder: Path, *, layers: int, hidden: int, ffn: int, heads: int, groups: int, vocabulary: int, tied: bool
+) -> Path:
+    """A Qwen2 model of random weights, in shards, without a tokenizer."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    head = hidden // heads
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": ffn,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": groups,
+        "vocab_size": vocabulary, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "tie_word_embeddings": tied, "use_sliding_window": False, "hidden_act": "silu", "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    if not tied:
+        shapes["lm_head.weight"] = (vocabulary, hidden)
+    for i in range(layers):
+        part = f"model.layers.{i}."
+        rows = {"q": heads * head, "k": groups * head, "v": groups * head}
+        shapes |= {f"{part}self_attn.{name}_proj.weight": (count, hidden) for name, count in rows.items()}
+        shapes |= {f"{part}self_attn.{name}_proj.bias": (count,) for name, count in rows.items()}
+        shapes |= {
+            f"{part}self_attn.o_proj.weight": (hidden, heads * head),
+            f"{part}mlp.down_proj.weight": (hidden, ffn),
+        }
+        shapes |= {f"{part}mlp.{name}_proj.weight": (ffn, hidden) for name in ("gate", "up")}
+        shapes |= {f"{part}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in shapes.items():
+        if 2 * sum(prod(s) for s in [*shards[-1].values(), shape]) > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = shape
+    index = {}
+    generator = random.Random(1)
+    pool = torch.randn(16 << 20, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {n: _drawn(pool, s, generator) for n, s in names.items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
+
+
+def _drawn(pool: torch.Tensor, shape: tuple[int, ...], generator: random.Random) -> torch.Tensor:
+    """Random numbers fast enough for billions of them: the pool, over and over, from a random place on."""
+    start = generator.randrange(len(pool))
+    return pool.roll(-start).repeat(-(-prod(shape) // len(pool)))[: prod(shape)].reshape(shape)
+
+
+def machine(place: Path) -> str:
+    """One line that names the machine and its load."""
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    mount = subprocess.run(["findmnt", "-no", "FSTYPE", "-T", str(place)], capture_output=True, text=True, check=False)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB memory, "
+        f"{mount.stdout.strip() or 'unknown file system'}, Linux {platform.release()}, load {os.getloadavg()[0]:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
