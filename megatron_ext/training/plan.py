@@ -17,7 +17,7 @@ from megatron_ext.data.blends import sample_order
 from megatron_ext.data.datasets import open_dataset
 from megatron_ext.data.packing import Packing
 from megatron_ext.data.samples import TextStream
-from megatron_ext.data.selection import Choice, Part, Selection, select
+from megatron_ext.data.selection import Choice, Selection, select
 from megatron_ext.errors import ConfigError, DatasetFormatError, ParallelismError, VocabularyError
 from megatron_ext.families.base import Architecture
 from megatron_ext.weights.manifest import CheckpointManifest
@@ -203,30 +203,46 @@ class Plan:
         }
 
 
-def make_plan(
-    train: TrainConfig, dataset: Path, max_position_embeddings: int | None = None, part: Part = "train"
-) -> Plan:
+def make_plan(train: TrainConfig, dataset: Path, max_position_embeddings: int | None = None) -> Plan:
     """Decide the samples, sequences and steps of ``train`` on ``dataset``.
-
-    Args:
-        part: ``validation`` plans one pass over the documents that ``train.validation_fraction`` holds out.
 
     Raises:
         DatasetFormatError: no sample is left to train on.
         ConfigError: the schedule does not fit the number of steps, or a sample is longer than the model's context.
     """
-    found = select(open_dataset(dataset), Choice.of(train, part))
-    if max_position_embeddings is not None and (longest := _longest(found)) > max_position_embeddings:
+    found = select(open_dataset(dataset), Choice.of(train))
+    _require_positions(train, found, max_position_embeddings)
+    iterations = _iterations(train, len(found.packing))
+    check_schedule(train, iterations)
+    return Plan(found, train.global_batch_size, iterations, train.seed, train.pack_alignment)
+
+
+def validation_plan(
+    train: TrainConfig, dataset: Path, own: Path | None = None, max_position_embeddings: int | None = None
+) -> Plan | None:
+    """One pass over the validation set: the dataset ``own``, else what ``train.validation_fraction`` holds out.
+
+    Its last step may come round to sequences of the first one again. None where there is no validation set.
+
+    Raises:
+        DatasetFormatError: no sample is in it.
+        ConfigError: a sample is longer than the model's context.
+    """
+    if own is None and not train.validation_fraction:
+        return None
+    whole = train.model_copy(update={"validation_fraction": 1.0})
+    found = select(open_dataset(own or dataset), Choice.of(whole if own else train, "validation"))
+    _require_positions(train, found, max_position_embeddings)
+    steps = math.ceil(len(found.packing) / train.global_batch_size)
+    return Plan(found, train.global_batch_size, steps, train.seed, train.pack_alignment)
+
+
+def _require_positions(train: TrainConfig, found: Selection, known: int | None) -> None:
+    if known is not None and (longest := _longest(found)) > known:
         raise ConfigError(
             f"train.seq_length {train.seq_length} lets samples of {longest} tokens through, but the model knows "
-            f"{max_position_embeddings} positions; lower train.seq_length to {max_position_embeddings}"
+            f"{known} positions; lower train.seq_length to {known}"
         )
-    if part == "validation":
-        iterations = math.ceil(len(found.packing) / train.global_batch_size)
-    else:
-        iterations = _iterations(train, len(found.packing))
-        check_schedule(train, iterations)
-    return Plan(found, train.global_batch_size, iterations, train.seed, train.pack_alignment)
 
 
 def _longest(found: Selection) -> int:

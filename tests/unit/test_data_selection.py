@@ -20,8 +20,8 @@ from megatron_ext.data.idxmap import IdxmapWriter
 from megatron_ext.data.packing import require_aligned
 from megatron_ext.data.samples import PreferencePairs, Samples
 from megatron_ext.data.selection import Choice, select
-from megatron_ext.errors import DatasetFormatError, ParallelismError, SourceError
-from megatron_ext.training.plan import make_plan
+from megatron_ext.errors import ConfigError, DatasetFormatError, ParallelismError, SourceError
+from megatron_ext.training.plan import make_plan, validation_plan
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_a_million_chat_samples_are_selected_and_packed_in_seconds(tmp_path: Pat
 def test_both_sides_of_a_split_are_planned_and_share_no_document(tmp_path: Path, kind: str) -> None:
     folder = dataset(tmp_path / "data", draw(400, 1), kind)
     train = config(validation_fraction=0.2)
-    kept, held_out = (make_plan(train, folder, part=part) for part in ("train", "validation"))
+    kept, held_out = make_plan(train, folder), validation_plan(train, folder)
     sides = [set(p.documents.tolist()) if kind == "chat" else set(p.stream.order.tolist()) for p in (kept, held_out)]
     assert not sides[0] & sides[1]
     assert sides[0] | sides[1] == set(range(400))
@@ -160,6 +160,16 @@ def test_both_sides_of_a_split_are_planned_and_share_no_document(tmp_path: Path,
     stream = np.concatenate([held_out.sequences(step) for step in range(held_out.iterations)])
     assert set(stream.tolist()) == set(range(len(held_out.packing)))
     assert count - len(held_out.packing) < train.global_batch_size
+
+
+def test_a_validation_set_of_its_own_is_taken_whole_and_holds_nothing_out(tmp_path: Path) -> None:
+    folder, own = dataset(tmp_path / "data", draw(40, 1)), dataset(tmp_path / "own", draw(30, 2))
+    plan = validation_plan(config(), folder, own)
+    assert sorted(plan.documents.tolist()) == list(range(30))
+    assert validation_plan(config(validation_fraction=0.5), folder, own).documents.tolist() == list(range(30))
+    assert validation_plan(config(), folder) is None
+    with pytest.raises(ConfigError, match=r"lower train\.seq_length to 8"):
+        validation_plan(config(), folder, own, 8)
 
 
 @pytest.mark.parametrize("kind", ["chat", "text"])
