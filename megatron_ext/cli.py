@@ -21,18 +21,17 @@ from typer.core import TyperCommand, TyperGroup
 
 from megatron_ext.config import (
     DatasetFormat,
-    Dtype,
     EvalConfig,
     TrainJobConfig,
-    VerifyLevel,
-    VocabInit,
     read_yaml,
     validated,
     with_overrides,
 )
-from megatron_ext.errors import MegatronFlowsError, OutputExistsError, UserError, VerificationError
-from megatron_ext.folders import published, size_in_bytes
+from megatron_ext.errors import MegatronFlowsError, OutputExistsError, UserError
+from megatron_ext.folders import published
+from megatron_ext.options import AsJson, ModelFolder, Out, Overwrite, report
 from megatron_ext.terminal import TerminalEvents
+from megatron_ext.weights.commands import convert, export, verify
 
 COMMANDS = "megatron_flows.commands"
 UsageError = typer.BadParameter.__base__
@@ -83,101 +82,8 @@ app = typer.Typer(
     help="Convert, tokenize, train, export and evaluate language models with Megatron-Core.",
 )
 
-Out = Annotated[Path, typer.Option(help="Folder to write; absent, empty, or this command's own partial.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
-Verify = Annotated[
-    VerifyLevel,
-    typer.Option(help="What the result must pass: every tensor compared (digest), and all logits (logits)."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
-ModelFolder = Annotated[Path, typer.Option(help="Hugging Face model folder.")]
-
-
-def _report(summary: dict[str, Any], as_json: bool, out: Path) -> None:
-    if as_json:
-        typer.echo(json.dumps({"out": str(out.absolute()), **summary}))
-    else:
-        typer.echo(f"{out.absolute()}")
-
-
-@app.command()
-def convert(
-    model: ModelFolder,
-    out: Out,
-    dtype: Dtype | None = None,
-    extra_vocab_size: Annotated[int, typer.Option(min=0, help="Rows to add for tokens that were added.")] = 0,
-    extra_vocab_init: Annotated[VocabInit, typer.Option(help="How those rows start.")] = "mean",
-    upcycle: Annotated[
-        str | None, typer.Option(help="Make experts of a dense model: num_experts=8,topk=2[,router_init_std=0.02,…].")
-    ] = None,
-    verify: Verify = "digest",
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Turn a Hugging Face model into a Megatron torch_dist checkpoint."""
-    from megatron_ext.weights.convert import convert as convert_weights
-    from megatron_ext.weights.upcycle import parse_upcycle
-
-    options = {
-        "extra_vocab_size": extra_vocab_size,
-        "extra_vocab_init": extra_vocab_init,
-        "upcycle": parse_upcycle(upcycle) if upcycle else None,
-    }
-    with published(out, overwrite=overwrite, marker="convert", inputs=[model]) as partial, TerminalEvents() as events:
-        summary = convert_weights(model, partial, dtype=dtype, events=events, verify=verify, **options)
-    _report(summary, as_json, out)
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[Path, typer.Option(help="Folder that mflow convert or mflow train wrote.")],
-    model: Annotated[Path, typer.Option(help="Hugging Face folder the checkpoint came from: config and tokenizer.")],
-    out: Out,
-    dtype: Dtype | None = None,
-    max_shard_size: Annotated[str, typer.Option(help="Most bytes of a file: 5GB, 500MB, 2GiB, or a number.")] = "5GB",
-    verify: Verify = "digest",
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Turn a Megatron checkpoint back into a Hugging Face model."""
-    from megatron_ext.weights.export import export as export_weights
-
-    reads, most = [checkpoint, model], size_in_bytes(max_shard_size, "--max-shard-size")
-    with published(out, overwrite=overwrite, marker="export", inputs=reads) as partial, TerminalEvents() as events:
-        summary = export_weights(
-            checkpoint, model, partial, dtype=dtype, events=events, max_shard_size=most, verify=verify
-        )
-    _report(summary, as_json, out)
-
-
-@app.command()
-def verify(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")],
-    model: Annotated[Path, typer.Option(help="Hugging Face folder that it was converted from, or exported to.")],
-    level: Annotated[Literal["digest", "logits"], typer.Option(help="Every tensor, or the logits of both, too.")] = (
-        "digest"
-    ),
-    as_json: AsJson = False,
-) -> None:
-    """Check that a checkpoint and a Hugging Face folder hold the same model: exit code 0 if they do, 1 if not."""
-    from megatron_ext.weights.certificate import facts
-    from megatron_ext.weights.verify import verify as verify_weights
-
-    with TerminalEvents() as events:
-        try:
-            certificate = verify_weights(checkpoint, model, level=level, events=events)
-        except VerificationError as error:
-            if as_json:
-                typer.echo(json.dumps({"verified": False, "reason": str(error)}))
-            raise
-    if as_json:
-        typer.echo(json.dumps({"verified": True, **certificate.model_dump()}))
-        return
-    told = facts(certificate)
-    width = max(map(len, told))
-    typer.echo("verified: both hold the same model")
-    for name, value in told.items():
-        typer.echo(f"  {name:<{width}}  {value}")
+for command in (convert, export, verify):
+    app.command()(command)
 
 
 @app.command(cls=VariadicCommand)
@@ -196,7 +102,7 @@ def tokenize(
     reads = [*input, tokenizer]
     with published(out, overwrite=overwrite, marker="tokenize", inputs=reads) as partial, TerminalEvents() as events:
         summary = tokenize_files(input, tokenizer, partial, format=format, chat_template=chat_template, events=events)
-    _report(summary, as_json, out)
+    report(summary, as_json, out)
 
 
 DatasetPlace = Annotated[

@@ -35,6 +35,25 @@ class RankLayout(NamedTuple):
     make_vocab_size_divisible_by: int = 128
 
 
+def asked_layout(layout: str, **options: Any) -> RankLayout | None:
+    """The layout that a command line asks for; None is torch_dist. An option that is None was not given.
+
+    Raises:
+        ConfigError: an option of the files of ranks without them.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if layout == "torch_dist":
+        if given:
+            option = next(iter(given)).replace("_", "-")
+            raise ConfigError(
+                f"--{option} is for files of ranks: add --layout mp_rank, or leave it out (torch_dist fits any sizes)"
+            )
+        return None
+    sizes, naming = ({name: given[name] for name in kind._fields if name in given} for kind in (Sizes, Naming))
+    rest = {name: value for name, value in given.items() if name in RankLayout._fields}
+    return RankLayout(Sizes(**sizes), Naming(**naming), **rest)
+
+
 class MegatronRanksWriter:
     """Takes rows of the whole model's weights, in any order and from several threads, and gives each rank its share.
 
