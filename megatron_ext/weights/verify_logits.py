@@ -1,15 +1,17 @@
 """Level logits: transformers and megatron-core must answer the same prompts with the same logits, weights in fp32.
 
-Each side runs in a process of its own, one after the other: megatron-core needs a prepared platform (on a CPU
-torch.cuda is redirected), transformers must not see it, and two models of 7B would not fit into memory at once.
+Each side runs in a process of its own: megatron-core needs a prepared platform (on a CPU torch.cuda is redirected), and
+transformers must not see it. Large models run one after the other: two of 7B would not fit into memory at once.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +39,9 @@ TOLERANCE = 1e-4
 NEAR_TIE = 1e-5
 """Two logits nearer than this, relative to the largest logit, may change places."""
 FP32 = 4
+BOTH_AT_ONCE = 1 << 30
+"""Bytes of weights in fp32 up to which both sides compute at the same time."""
+PROMPTS = "prompts.safetensors"
 SPARE = 1.15
 """Memory beside the weights: activations, logits, the libraries."""
 
@@ -97,7 +102,7 @@ def compare_logits(pair: Pair, events: Events, platform: str, *, judged: bool = 
     prompts = make_prompts(architecture, pair.model)
     with tempfile.TemporaryDirectory(prefix="mflow-logits-") as scratch:
         answers, device = _both(pair, prompts, Path(scratch), events, platform, hidden=False)
-        verdict = _judge(prompts, answers)
+        verdict = judge(prompts, answers)
         if verdict.fault and judged:
             worst = [verdict.prompt]
             layers, _ = _both(pair, worst, Path(scratch), events, platform, hidden=True)
@@ -121,7 +126,7 @@ Answers = dict[Side, dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the comparison of all prompts came to; ``prompt`` is the one that differs most."""
+    """What the comparison of all prompts came to; ``prompt`` is the one at fault, or else the one that differs most."""
 
     prompt: Prompt
     difference: float
@@ -130,19 +135,21 @@ class Verdict:
     fault: str | None
 
 
-def _judge(prompts: list[Prompt], answers: Answers) -> Verdict:
-    theirs, ours = answers["transformers"], answers["megatron-core"]
-    largest = max(float(theirs[prompt.name].abs().max()) for prompt in prompts)
-    worst, difference, ties, fault = prompts[0], -1.0, 0, None
+def judge(prompts: list[Prompt], answers: Answers) -> Verdict:
+    """Compare the logits of both sides; a value that is not a number is infinitely far from everything."""
+    theirs = {prompt.name: answers["transformers"][prompt.name] for prompt in prompts}
+    ours = {  # without padding, and without rows that the other model does not have
+        name: answers["megatron-core"][name][..., : left.shape[-1]] for name, left in theirs.items()
+    }
+    largest = max(float(left.abs().max()) for left in theirs.values())
+    differences = {name: float(_gap(left, ours[name]).max()) for name, left in theirs.items()}
+    worst = max(prompts, key=lambda prompt: differences[prompt.name])
+    difference, tolerance = differences[worst.name], TOLERANCE * largest
+    ties, fault = 0, None
+    if not (math.isfinite(largest) and difference <= tolerance):
+        fault = _difference(worst, theirs[worst.name], ours[worst.name], tolerance)
     for prompt in prompts:
-        left = theirs[prompt.name]
-        right = ours[prompt.name][..., : left.shape[-1]]  # padding, and rows that the model does not have
-        gap = (left - right).abs()
-        most = float(gap.max())
-        if not most <= difference:  # a NaN is worse than anything
-            worst, difference = prompt, most
-            if not most <= TOLERANCE * largest:
-                fault = _sentence(prompt, left, right, TOLERANCE * largest)
+        left, right = theirs[prompt.name], ours[prompt.name]
         changed = left.argmax(-1) != right.argmax(-1)
         best = left.topk(2, -1).values
         clear = changed & (best[..., 0] - best[..., 1] > NEAR_TIE * largest)
@@ -152,8 +159,12 @@ def _judge(prompts: list[Prompt], answers: Answers) -> Verdict:
     return Verdict(worst, difference, largest, ties, fault)
 
 
-def _sentence(prompt: Prompt, left: torch.Tensor, right: torch.Tensor, tolerance: float) -> str:
-    gap = (left - right).abs().nan_to_num(nan=torch.inf)
+def _gap(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (left - right).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def _difference(prompt: Prompt, left: torch.Tensor, right: torch.Tensor, tolerance: float) -> str:
+    gap = _gap(left, right)
     sequence, position, token = (int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
     values = float(left[sequence, position, token]), float(right[sequence, position, token])
     return (
@@ -191,41 +202,41 @@ def _both(
     pair: Pair, prompts: list[Prompt], scratch: Path, events: Events, platform: str, *, hidden: bool
 ) -> tuple[Answers, str]:
     """Logits (or, ``hidden``, the outputs of all layers) by side, and the device that computed them."""
-    asked = scratch / "prompts.safetensors"
     tensors = {f"{prompt.name}.tokens": prompt.tokens for prompt in prompts}
-    save_file(tensors | {f"{prompt.name}.positions": prompt.positions for prompt in prompts}, asked)
-    answers: Answers = {}
-    device = ""
-    for side, job in SIDES.items():
-        events.note(f"verifying: {side} computes {'the outputs of every layer' if hidden else 'logits'} in fp32")
-        given = "transformers" if pair.direction == "to_checkpoint" else "megatron-core"
-        out = scratch / job
-        out.mkdir(exist_ok=True)
-        summary = _in_worker(
-            Job(
-                job=job,
-                config={
-                    "hidden": hidden,
-                    "rounded": pair.rounded if side == given else None,
-                    "manifest": pair.manifest.model_dump(),
-                    "trust_pickle": pair.trust_pickle,
-                },
-                inputs={"model": str(pair.model), "checkpoint": str(pair.checkpoint), "prompts": str(asked)},
-                out=out,
-                events=out / "events.jsonl",
-                runtime=RuntimeConfig(platform=platform),
-            )
-        )
-        device = summary["device"]
-        try:
-            answers[side] = load_file(out / "answers.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise WorkerFailedError(f"{side} answered with a file that cannot be read: {error}") from None
-    return answers, device
+    save_file(tensors | {f"{prompt.name}.positions": prompt.positions for prompt in prompts}, scratch / PROMPTS)
+    events.note(f"verifying: {' and '.join(SIDES)} compute {'the outputs of every layer' if hidden else 'logits'}")
+    size = FP32 * parameters(pair.manifest.architecture)
+    with ThreadPoolExecutor(1 if size > BOTH_AT_ONCE else 2) as pool:
+        asking = {side: pool.submit(_in_worker, _job(side, pair, scratch, platform, hidden)) for side in SIDES}
+        done = {side: asked.result() for side, asked in asking.items()}
+    return {side: answers for side, (answers, _) in done.items()}, done["megatron-core"][1]["device"]
 
 
-def _in_worker(job: Job) -> dict[str, Any]:
-    """Run the job in a process that ends when this one does; its summary.
+def _job(side: Side, pair: Pair, scratch: Path, platform: str, hidden: bool) -> Job:
+    given = "transformers" if pair.direction == "to_checkpoint" else "megatron-core"
+    out = scratch / SIDES[side]
+    out.mkdir(exist_ok=True)
+    return Job(
+        job=SIDES[side],
+        config={
+            "hidden": hidden,
+            "rounded": pair.rounded if side == given else None,
+            "manifest": pair.manifest.model_dump(),
+            "trust_pickle": pair.trust_pickle,
+        },
+        inputs={
+            "model": str(pair.model),
+            "checkpoint": str(pair.checkpoint),
+            "prompts": str(scratch / PROMPTS),
+        },
+        out=out,
+        events=out / "events.jsonl",
+        runtime=RuntimeConfig(platform=platform),
+    )
+
+
+def _in_worker(job: Job) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Run the job in a process that ends when this one does; its answers and its summary.
 
     Raises:
         MegatronFlowsError: what the job raised.
@@ -253,4 +264,7 @@ def _in_worker(job: Job) -> dict[str, Any]:
     if code or "result" not in last:
         said = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
         raise WorkerFailedError(f"{job.job} ended with exit code {code}; the last lines of its log:\n{said}")
-    return last["result"]
+    try:
+        return load_file(job.out / "answers.safetensors"), last["result"]
+    except (OSError, SafetensorError) as error:
+        raise WorkerFailedError(f"{job.job} answered with a file that cannot be read: {error}") from None
