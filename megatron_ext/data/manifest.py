@@ -124,9 +124,7 @@ class EngineRecord(Section):
     stress_texts: int = Field(0, description="Texts of the stress set, each encoded alike by engine and reference.")
     compared_documents: int = Field(0, description="Documents of this data encoded by both, id for id alike.")
     compared_bytes: int = 0
-    reference_documents: int = Field(
-        0, description="Documents left to the reference, for their characters."
-    )
+    reference_documents: int = Field(0, description="Documents left to the reference, for their characters.")
 
 
 class LeftOut(Section):
@@ -146,9 +144,7 @@ class DatasetManifest(Section):
 
     format: Literal["megatron-flows/dataset"] = "megatron-flows/dataset"
     version: Literal[1] = 1
-    kind: Kind = Field(
-        "chat", description="text: tokens; chat: and a loss mask; preference: two sides of both."
-    )
+    kind: Kind = Field("chat", description="text: tokens; chat: and a loss mask; preference: two sides of both.")
     documents: int
     tokens: int = Field(description="Of all sides.")
     trained_tokens: int = Field(description="Tokens that count as labels; the loss mask is 1 there. Text: all.")

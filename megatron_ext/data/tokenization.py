@@ -1,94 +1,79 @@
-"""Data files to a tokenized dataset: check every row, render, encode, write idxmaps and manifest.
+"""Data files to a tokenized dataset: idxmaps of token ids and loss masks, and the manifest that says what they are.
 
-Two passes: the first reads every row and refuses what does not fit before anything is written; the second renders
-on this thread while the tokenizer's threads encode the batch before.
+The rows are read once, in blocks, by workers of which any number gives the same bytes. What is finished is kept while
+the build goes on, so a killed one is taken up where it was. Which engine encodes is decided here; see ``engine_proof``.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tokenizers import Encoding, Tokenizer
-
+from megatron_ext.config import TokenizeOptions, validated
 from megatron_ext.data import manifest as names
-from megatron_ext.data.chat_templates import find_template, special_tokens
-from megatron_ext.data.encoding import Batch, encode, load_tokenizer, require_vocabulary, to_arrays
-from megatron_ext.data.formats import AUTO, FIELDS, SNIFFED_ROWS, Conversation, detect_format, parse_row, require_format
-from megatron_ext.data.idxmap import IdxmapWriter, token_dtype
-from megatron_ext.data.manifest import DatasetManifest, LengthStatistics, SourceFile, TemplateRecord
-from megatron_ext.data.rendering import ChatTemplate, Rendered
-from megatron_ext.data.sources import read_rows, require_file
-from megatron_ext.errors import ChatTemplateError, DatasetFormatError, SourceError
+from megatron_ext.data.building import build, require_exact
+from megatron_ext.data.chat_templates import special_tokens
+from megatron_ext.data.counts import Counts
+from megatron_ext.data.engine_proof import ONE_IN, EngineDiffersError, Proof, prove
+from megatron_ext.data.engines import GIGATOKEN, PYTHON, TOKENIZERS, engine_version, refusal
+from megatron_ext.data.manifest import (
+    SIDES,
+    DatasetManifest,
+    EngineRecord,
+    LeftOut,
+    LengthStatistics,
+    Side,
+    SourceFile,
+    TemplateRecord,
+    TokenHistogram,
+)
+from megatron_ext.data.pipeline import available_cores
+from megatron_ext.data.plan import SMALL_BYTES, Plan, make_plan
+from megatron_ext.data.rendering import ChatTemplate
+from megatron_ext.data.shards import Shards, left_engine
+from megatron_ext.data.source_facts import SourceFacts
+from megatron_ext.data.sources import Source
+from megatron_ext.data.tokenizers import tokenizer_file
+from megatron_ext.errors import DatasetFormatError
 from megatron_ext.events import Events
-from megatron_ext.folders import digest_file, full_disk_named, require_space
-from megatron_ext.hf_folder import tokenizer_digest
+from megatron_ext.folders import full_disk_named
 from megatron_ext.worker import Job
-
-BATCH_DOCUMENTS = 1024
-BATCH_CHARACTERS = 1 << 21
-OUTPUTS = ("tokens.bin", "tokens.idx", "loss_mask.bin", "loss_mask.idx", names.TOKENIZER, names.NAME)
-
-
-@dataclass(frozen=True)
-class CheckedFile:
-    """A data file whose rows all fit."""
-
-    path: Path
-    format: str
-    why: str
-    rows: int
-    digest: str
-
-
-@dataclass
-class Statistics:
-    """What the second pass counts."""
-
-    lengths: list[np.ndarray] = field(default_factory=list)
-    trained_tokens: int = 0
-    untrained_documents: int = 0
-    max_token_id: int = 0
-
-    def add(self, batch: Batch) -> None:
-        starts = np.cumsum(batch.lengths) - batch.lengths
-        trained = np.add.reduceat(batch.mask, starts, dtype=np.int64)
-        self.lengths.append(batch.lengths)
-        self.trained_tokens += int(trained.sum())
-        self.untrained_documents += int((trained == 0).sum())
-        self.max_token_id = max(self.max_token_id, int(batch.ids.max()))
 
 
 def run(job: Job, events: Events) -> dict[str, Any]:
-    """The worker's entry: inputs ``files`` and ``tokenizer``, config ``format`` and ``chat_template``."""
-    return tokenize(
-        [Path(file) for file in job.inputs["files"]],
-        Path(job.inputs["tokenizer"]),
-        job.out,
-        format=job.config.get("format", AUTO),
-        chat_template=job.config.get("chat_template"),
-        events=events,
-    )
+    """The worker's entry: inputs ``files`` and ``tokenizer``, config the fields of ``TokenizeOptions``.
+
+    ``sources`` in the config holds ``[weight, input]`` of each file, where a recipe gave weights.
+    """
+    options = dict(job.config)
+    given = options.pop("sources", None) or [(1.0, "")] * len(job.inputs["files"])
+    files = [Source(path, weight, said) for path, (weight, said) in zip(job.inputs["files"], given, strict=True)]
+    folder = Path(job.inputs["tokenizer"])
+    return tokenize(files, folder, job.out, workers=job.runtime.workers, events=events, **options)
 
 
 def tokenize(
-    files: list[Path], tokenizer: Path, out: Path, *, format: str, chat_template: str | None, events: Events
+    files: Sequence[str | Path | Source],
+    tokenizer: Path,
+    out: Path,
+    *,
+    events: Events,
+    workers: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Tokenize chat data into the dataset folder ``out``, loss mask included; the bytes depend on the input alone.
+    """Tokenize data files into the dataset folder ``out``; the bytes depend on the input and the options alone.
 
     Args:
-        files: .json, .jsonl or .parquet files, in the order in which their rows are written.
-        tokenizer: Hugging Face folder with tokenizer.json, and config.json if the vocabulary is to be checked.
-        out: folder to write; what a killed attempt left there is cleared.
-        format: ``auto`` or a name in ``formats.FORMATS``.
-        chat_template: None for the model's own, else a name or the path of a Jinja file.
+        files: files, globs, folders or URLs, each with an optional weight in front, in the order in which their rows
+            are written.
+        tokenizer: Hugging Face folder with the tokenizer, and config.json if the vocabulary is to be checked.
+        out: folder to write; what a killed attempt at the same left there is gone on with, anything else is cleared.
+        workers: threads (text) or processes (conversations); None takes one for each core.
+        options: fields of ``config.TokenizeOptions``.
 
     Returns:
         Counts, the format and the rate.
@@ -98,56 +83,31 @@ def tokenize(
         DatasetFormatError: a row does not fit; names file, row and field. Or no token, or every token, is trained.
         ChatTemplateError: the template is unknown, missing, or refuses a row.
         VocabularyError: the tokenizer does not fit the model of its folder.
+        ConfigError: options that do not go together.
         DiskSpaceError: too little room for the result.
     """
     started = time.monotonic()
-    require_format(format)
-    if not files:
-        raise SourceError("no data files were given; name at least one .json, .jsonl or .parquet file")
-    for path in files:
-        require_file(path)
-    source = find_template(chat_template, tokenizer)
-    template = ChatTemplate(source, special_tokens(tokenizer))
-    encoder = load_tokenizer(tokenizer)
-    vocab_size, largest = require_vocabulary(encoder, tokenizer)
-    dtype = token_dtype(max(vocab_size, largest + 1))
-    require_space(out, _estimated_bytes(files, dtype) + (tokenizer / names.TOKENIZER).stat().st_size, "the dataset")
-    for note in remarks(template, encoder):
-        events.note(note)
-    checked = [check_file(path, format, template, events) for path in files]
-    out.mkdir(parents=True, exist_ok=True)
-    for name in OUTPUTS:
-        (out / name).unlink(missing_ok=True)
+    plan = make_plan(files, tokenizer, out, validated(TokenizeOptions, options, "the options of tokenize"))
+    _tell(plan, events)
     with full_disk_named(out):
-        statistics = _write(checked, template, encoder, out, dtype, events)
-        shutil.copyfile(tokenizer / names.TOKENIZER, out / names.TOKENIZER)
-        lengths = np.concatenate(statistics.lengths)
-        manifest = DatasetManifest(
-            documents=len(lengths),
-            tokens=int(lengths.sum()),
-            trained_tokens=statistics.trained_tokens,
-            untrained_documents=statistics.untrained_documents,
-            vocab_size=vocab_size,
-            max_token_id=statistics.max_token_id,
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            chat_template=TemplateRecord(name=source.name, digest=source.digest),
-            row_format=", ".join(sorted({file.format for file in checked})),
-            why="; ".join(file.why for file in checked),
-            dtype=dtype.name,
-            lengths=LengthStatistics.of(lengths),
-            files=tuple(SourceFile(name=f.path.name, rows=f.rows, digest=f.digest, format=f.format) for f in checked),
-        )
-        _require_sensible_mask(manifest, source.name)
-        manifest.write(out)
+        manifest = _build(plan, out, workers or available_cores(), events)
     seconds = time.monotonic() - started
     kept = manifest.model_dump(
-        include={"documents", "tokens", "trained_tokens", "untrained_documents", "row_format", "why", "dtype"}
+        include={"kind", "documents", "tokens", "trained_tokens", "untrained_documents", "row_format", "why", "dtype"}
     )
-    rate = round(manifest.documents / seconds, 1)
-    return {**kept, "chat_template": source.name, "seconds": round(seconds, 3), "documents_per_second": rate}
+    left_out = manifest.left_out.model_dump(exclude={"first_skipped"})
+    return {
+        **kept,
+        **left_out,
+        "chat_template": None if plan.template is None else plan.template.name,
+        "engine": manifest.engine.name if manifest.engine else None,
+        "seconds": round(seconds, 3),
+        "documents_per_second": round(manifest.documents / seconds, 1),
+        "tokens_per_second": round(manifest.tokens / seconds),
+    }
 
 
-def remarks(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
+def remarks(template: ChatTemplate, tokenizer: Any) -> list[str]:
     """What a person should know about this template with this tokenizer, before hours of training show it."""
     notes, name = [], f"chat template {template.name!r}"
     if template.writes_date:
@@ -165,118 +125,157 @@ def remarks(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
     return notes
 
 
-def check_file(path: Path, format: str, template: ChatTemplate, events: Events) -> CheckedFile:
-    """Read every row of a file once: its format, and that all rows fit it.
-
-    Raises:
-        SourceError, DatasetFormatError: as ``tokenize``.
-    """
-    why = f"{path.name}: format {format} was asked for"
-    if format == AUTO:
-        format, why = detect_format(islice(read_rows(path), SNIFFED_ROWS), path)
-    takes_tools: bool | None = None
-    rows = 0
-    for number, conversation in _conversations(path, format):
-        rows += 1
-        if conversation.uses_tools:
-            takes_tools = template.takes_tools() if takes_tools is None else takes_tools
-            if not takes_tools:
-                raise DatasetFormatError(
-                    f"{path}, row {number}: has tools, tool calls or tool answers, but chat template {template.name!r} "
-                    "has no place for them; name one that has (qwen2.5), or leave such rows out"
-                )
-    events.note(f"{rows} rows of format {format} ({why})")
-    return CheckedFile(path, format, why, rows, digest_file(path))
+def _tell(plan: Plan, events: Events) -> None:
+    for why in dict.fromkeys(plan.whys):
+        events.note(why)
+    if plan.template is not None:
+        for note in remarks(ChatTemplate(plan.template, special_tokens(plan.folder)), plan.tokenizer):
+            events.note(note)
 
 
-def _conversations(path: Path, format: str) -> Iterator[tuple[int, Conversation]]:
-    for number, row in read_rows(path, FIELDS):
-        parsed = parse_row(row, format, path, number)
-        if not isinstance(parsed, Conversation):
-            raise DatasetFormatError(f"{path}: format {format} holds no conversations")
-        yield number, parsed
-
-
-def _rendered(files: list[CheckedFile], template: ChatTemplate) -> Iterator[tuple[str, Rendered]]:
-    """Every document with its place in words."""
-    for file in files:
-        for number, conversation in _conversations(file.path, file.format):
-            place = f"{file.path}, row {number}"
+def _build(plan: Plan, out: Path, workers: int, events: Events) -> DatasetManifest:
+    engine, why = left_engine(out, plan.identity) or _engine(plan)
+    facts = SourceFacts(plan.sources)
+    with ThreadPoolExecutor(1, thread_name_prefix="proof") as background:
+        proof: Future[Proof] = Future()
+        if engine == GIGATOKEN:
+            proof = background.submit(prove, plan.tokenizer)
+        try:
             try:
-                document = template.render(conversation)
-                document.text.encode()
-            except ChatTemplateError as error:
-                raise ChatTemplateError(f"{place}: {error}") from None
-            except UnicodeEncodeError:
-                raise DatasetFormatError(
-                    f"{place}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
-                ) from None
-            yield place, document
+                return _attempt(plan, out, engine, why, proof, facts, workers, events)
+            except EngineDiffersError as error:
+                why = f"gigatoken is not exact here: {error}"
+                events.note(f"{why}; tokenizers does the work, which takes longer")
+                return _attempt(plan, out, TOKENIZERS, why, proof, facts, workers, events)
+        finally:
+            facts.stop()
 
 
-def _batches(documents: Iterator[tuple[str, Rendered]]) -> Iterator[tuple[list[str], list[Rendered]]]:
-    places: list[str] = []
-    batch: list[Rendered] = []
-    characters = 0
-    for place, document in documents:
-        places.append(place)
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield places, batch
-            places, batch, characters = [], [], 0
-    if batch:
-        yield places, batch
+def _engine(plan: Plan) -> tuple[str, str]:
+    """Which engine is tried, and why it is not the fast one."""
+    if plan.options.slow_tokenizer:
+        return PYTHON, "slow_tokenizer was asked for"
+    if plan.text_size is not None and plan.text_size <= SMALL_BYTES:
+        return TOKENIZERS, "there is too little data for another engine"
+    if reason := refusal(plan.tokenizer.to_str()):  # type: ignore[union-attr]
+        return TOKENIZERS, f"gigatoken is not used: {reason}"
+    return GIGATOKEN, ""
 
 
-def _encoded(
-    files: list[CheckedFile], template: ChatTemplate, tokenizer: Tokenizer
-) -> Iterator[tuple[list[str], Batch]]:
-    """Batches in order; one is being encoded while the next is rendered."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: tuple[list[str], list[Rendered], Future[list[Encoding]]] | None = None
-        for places, documents in _batches(_rendered(files, template)):
-            started = pool.submit(encode, tokenizer, documents)
-            if waiting:
-                yield waiting[0], to_arrays(waiting[2].result(), waiting[1])
-            waiting = places, documents, started
-        if waiting:
-            yield waiting[0], to_arrays(waiting[2].result(), waiting[1])
+def _attempt(
+    plan: Plan,
+    out: Path,
+    engine: str,
+    why: str,
+    proof: Future[Proof],
+    facts: SourceFacts,
+    workers: int,
+    events: Events,
+) -> DatasetManifest:
+    (out / names.NAME).unlink(missing_ok=True)
+    with Shards(out, plan.identity, (engine, why), plan.kind, plan.dtype, plan.id_limit) as shards:
+        build(plan, shards, engine, proof, facts, workers, events)
+        require_exact(engine, proof)
+        facts.require_unchanged()
+        _require_sensible(plan, shards.total)
+        record = _engine_record(engine, why, proof, shards.total)
+        manifest = _manifest(plan, shards, facts, record)
+        shards.finish()
+    shutil.copyfile(tokenizer_file(plan.folder), out / names.TOKENIZER)
+    manifest.write(out)
+    return manifest
 
 
-def _write(
-    files: list[CheckedFile], template: ChatTemplate, tokenizer: Tokenizer, out: Path, dtype: np.dtype, events: Events
-) -> Statistics:
-    statistics, done, total = Statistics(), 0, sum(file.rows for file in files)
-    events.progress(0, total, "documents")
-    with (
-        IdxmapWriter(out / names.TOKENS, dtype) as tokens,
-        IdxmapWriter(out / names.LOSS_MASK, np.uint8) as loss_mask,
-    ):
-        for places, batch in _encoded(files, template, tokenizer):
-            if batch.lengths.min() == 0:
-                place = places[int(batch.lengths.argmin())]
-                raise DatasetFormatError(f"{place}: renders to no tokens at all; leave the row out")
-            statistics.add(batch)
-            tokens.add(batch.ids, batch.lengths)
-            loss_mask.add(batch.mask, batch.lengths)
-            done += len(batch.lengths)
-            events.progress(done, total, "documents")
-    return statistics
-
-
-def _require_sensible_mask(manifest: DatasetManifest, template: str) -> None:
-    if 0 < manifest.trained_tokens < manifest.tokens:
-        return
-    share = "no token" if manifest.trained_tokens == 0 else "every token"
-    raise DatasetFormatError(
-        f"{share} of the {manifest.documents} documents would be trained with chat template {template!r}: only the "
-        "assistant's turns should be; look at the template's {% generation %} blocks and at the roles in the rows"
+def _engine_record(engine: str, why: str, proof: Future[Proof], total: Counts) -> EngineRecord:
+    version = engine_version(engine)
+    if engine != GIGATOKEN:
+        return EngineRecord(name=engine, version=version, why=why)
+    texts = proof.result().texts
+    return EngineRecord(
+        name=engine,
+        version=version,
+        why=f"the same ids as tokenizers on {texts:,} stress texts (every character of Unicode outside uniform blocks, "
+        f"every token of the vocabulary) and on {total.compared_documents:,} documents of this data: its start, and "
+        f"one in {ONE_IN}; the other documents were not compared",
+        stress_texts=texts,
+        compared_documents=total.compared_documents,
+        compared_bytes=total.compared_bytes,
+        reference_documents=total.reference_documents,
     )
 
 
-def _estimated_bytes(files: list[Path], dtype: np.dtype) -> int:
-    """Room the idxmaps will take, rather too much: a token for every two bytes of text; parquet is compressed."""
-    there = [file for file in files if file.is_file()]
-    text = sum(file.stat().st_size * (4 if file.suffix.lower() == ".parquet" else 1) for file in there)
-    return text * (dtype.itemsize + 1) // 2
+def _manifest(plan: Plan, shards: Shards, facts: SourceFacts, engine: EngineRecord) -> DatasetManifest:
+    total = shards.total
+    sides = {}
+    if len(SIDES[plan.kind]) > 1:
+        for number, side in enumerate(SIDES[plan.kind]):
+            sides[side.rstrip("_")] = Side(
+                tokens=sum(int(part.sum(dtype="int64")) for part in shards.lengths(side)),
+                trained_tokens=total.trained[number],
+                untrained_documents=total.untrained[number],
+                lengths=LengthStatistics.of(shards.lengths(side)),
+            )
+    vocabulary = {number: token for token, number in plan.tokenizer.get_vocab(with_added_tokens=True).items()}
+    return DatasetManifest(
+        kind=plan.kind,
+        documents=total.documents,
+        tokens=total.tokens,
+        trained_tokens=total.tokens if plan.kind == "text" else sum(total.trained),
+        untrained_documents=sum(total.untrained),
+        vocab_size=plan.vocab_size,
+        max_token_id=int(shards.frequencies.nonzero()[0][-1]),
+        tokenizer_digest=plan.tokenizer_digest,
+        chat_template=plan.template and TemplateRecord(name=plan.template.name, digest=plan.template.digest),
+        row_format=", ".join(sorted(set(plan.formats))),
+        why="; ".join(dict.fromkeys(plan.whys)),
+        dtype=plan.dtype.name,
+        lengths=LengthStatistics.of(part for side in SIDES[plan.kind] for part in shards.lengths(side)),
+        files=tuple(_file(plan, shards, facts, number) for number in range(len(plan.sources))),
+        sides=sides,
+        options=plan.options,
+        eod_id=plan.finish.eod,
+        bos_id=plan.finish.bos,
+        left_out=LeftOut(
+            skipped_rows=total.skipped,
+            first_skipped=tuple(total.named),
+            empty_rows=total.empty,
+            dropped=total.dropped,
+            truncated=total.truncated,
+            truncated_tokens=total.truncated_tokens,
+            split=total.split,
+        ),
+        histogram=TokenHistogram.of(shards.frequencies, vocabulary),
+        engine=engine,
+    )
+
+
+def _file(plan: Plan, shards: Shards, facts: SourceFacts, number: int) -> SourceFile:
+    source, counts = plan.sources[number], shards.by_source.get(number, Counts())
+    return SourceFile(
+        name=source.name,
+        rows=counts.rows,
+        digest=facts.digest(number),
+        format=plan.formats[number],
+        weight=source.weight,
+        input=Path(source.input).name if source.input in ("", source.path) else source.input,
+        documents=counts.documents,
+    )
+
+
+def _require_sensible(plan: Plan, total: Counts) -> None:
+    """Refuse a dataset without documents, and a loss mask that is all ones or all zeros."""
+    if not total.documents:
+        left_out = f"{total.rows:,} rows: {total.skipped:,} skipped, {total.empty:,} empty, {total.dropped:,} too long"
+        named = f"; the first: {total.named[0]}" if total.named else ""
+        raise DatasetFormatError(f"no document is left of {left_out}{named}")
+    if plan.kind == "text" or plan.template is None:
+        return
+    trained = sum(total.trained)
+    if trained == 0 or (trained == total.tokens and not plan.options.train_on_prompt):
+        share = "no token" if trained == 0 else "every token"
+        raise DatasetFormatError(
+            f"{share} of the {total.documents} documents would be trained with chat template {plan.template.name!r}: "
+            "only the assistant's turns should be; look at the template's {% generation %} blocks and at the roles in "
+            "the rows"
+        )
+

@@ -1,0 +1,157 @@
+"""One attempt at a dataset with one engine: blocks through workers into shards, with progress."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_ext.data import chat_work, text_work
+from megatron_ext.data.chat_templates import special_tokens
+from megatron_ext.data.engine_proof import EngineDiffersError, Proof
+from megatron_ext.data.engines import GIGATOKEN, Engine, GigatokenEngine, ReferenceEngine
+from megatron_ext.data.pipeline import Here, PerThread, ordered
+from megatron_ext.data.plan import SMALL_BYTES, Plan
+from megatron_ext.data.shards import Shards
+from megatron_ext.data.source_facts import SourceFacts
+from megatron_ext.data.text_work import Done
+from megatron_ext.errors import WorkerFailedError
+from megatron_ext.events import Events
+
+PROGRESS_SECONDS = 0.5
+READ_AHEAD = 2
+"""Blocks beyond one for each worker that wait, encoded or to be encoded."""
+
+
+def build(
+    plan: Plan, shards: Shards, engine: str, proof: Future[Proof], facts: SourceFacts, workers: int, events: Events
+) -> None:
+    """Make the shards that are missing.
+
+    Args:
+        plan: what to do.
+        shards: opened; says where to go on.
+        engine: what encodes.
+        proof: outcome of the stress set; awaited before the first shard is finished.
+        facts: for the number of rows.
+        workers: threads (text) or processes (conversations).
+
+    Raises:
+        EngineDiffersError: the engine is not exact on this tokenizer or data.
+        UserError: as ``tokenize``.
+    """
+    progress = Progress(events, facts, shards)
+    if plan.kind == "text":
+        every, blocks, submitting = text_work.SHARD_BLOCKS, _text_blocks(plan, shards), _threads(plan, engine, workers)
+    else:
+        every, blocks = chat_work.SHARD_BLOCKS, _chat_blocks(plan, shards)
+        submitting = _processes(plan, engine, workers)
+    held = 0
+    with submitting as submit, ordered(blocks, submit, workers + READ_AHEAD) as results:
+        for done in results:
+            shards.add(done.sides, done.counts)
+            held += 1
+            if held == every or done.ends_source:
+                require_exact(engine, proof)
+                shards.finish_shard(done.source, done.row)
+                held = 0
+            progress.tell()
+    progress.tell(last=True)
+
+
+def require_exact(engine: str, proof: Future[Proof]) -> None:
+    """Raise ``EngineDiffersError`` if the stress set failed."""
+    if engine == GIGATOKEN and (why := proof.result().why):
+        raise EngineDiffersError(why)
+
+
+class Progress:
+    """Tells how many rows are done, how fast, and how long the rest will take."""
+
+    def __init__(self, events: Events, facts: SourceFacts, shards: Shards) -> None:
+        self._events, self._facts, self._shards = events, facts, shards
+        self._started = self._told = time.monotonic()
+        self._rows, self._tokens = shards.rows, shards.tokens
+        events.progress(self._rows, facts.rows, "documents")
+
+    def tell(self, *, last: bool = False) -> None:
+        """Emit a progress event, if the last one is some time ago."""
+        now = time.monotonic()
+        if now - self._told < PROGRESS_SECONDS and not last:
+            return
+        self._told, seconds = now, max(now - self._started, 1e-9)
+        rows, total = self._shards.rows, self._facts.rows
+        rate = (rows - self._rows) / seconds
+        left = round((total - rows) / rate, 1) if total is not None and rate else None
+        self._events.emit(
+            "progress",
+            done=rows,
+            total=rows if last else total,
+            unit="documents",
+            tokens=self._shards.tokens,
+            tokens_per_second=round((self._shards.tokens - self._tokens) / seconds),
+            seconds_left=0.0 if last else left,
+        )
+
+
+Submit = Callable[[Any], "Future[Done]"]
+
+
+def _text_blocks(plan: Plan, shards: Shards) -> Iterator[Any]:
+    column = plan.options.columns.get("text", "text")
+    skip = plan.options.on_bad_row == "skip"
+    return text_work.text_blocks(plan.sources, column, shards.position, skip=skip)
+
+
+def _chat_blocks(plan: Plan, shards: Shards) -> Iterator[Any]:
+    skip = plan.options.on_bad_row == "skip"
+    return chat_work.chat_blocks(plan.sources, plan.formats, plan.options.columns, shards.position, skip=skip)
+
+
+@contextmanager
+def _threads(plan: Plan, name: str, workers: int) -> Iterator[Submit]:
+    reference = ReferenceEngine(plan.tokenizer)
+    threads = workers if name == GIGATOKEN else 1  # the reference uses all cores by itself
+
+    def worker() -> text_work.TextWorker:
+        engine: Engine = reference
+        if name == GIGATOKEN:
+            engine = GigatokenEngine(plan.tokenizer.to_str(), reference, threads)  # type: ignore[union-attr]
+        return text_work.TextWorker(engine, reference, plan.finish)  # type: ignore[arg-type]
+
+    pool = PerThread(threads, worker)
+    try:
+        yield lambda block: pool.submit(text_work.TextWorker.work, block)
+    finally:
+        pool.close()
+
+
+@contextmanager
+def _processes(plan: Plan, engine: str, workers: int) -> Iterator[Submit]:
+    assert plan.template is not None
+    spec = chat_work.ChatSpec(
+        plan.folder, plan.template, special_tokens(plan.folder), plan.options, plan.finish, engine
+    )
+    if workers == 1 or (plan.text_size is not None and plan.text_size <= SMALL_BYTES):
+        worker = chat_work.ChatWorker(spec, ReferenceEngine(plan.tokenizer))
+        yield lambda block: Here().submit(worker.work, block)
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=chat_work.start_process,
+        initargs=(spec, os.getpid()),
+    )
+    try:
+        yield lambda block: pool.submit(chat_work.work_in_process, block)
+    except BrokenProcessPool:
+        raise WorkerFailedError(
+            "a process that renders conversations died, perhaps for want of memory; try again with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,142 @@
+"""Encoded documents, a batch at a time: end marks put on, too long ones cut, split or dropped; whole arrays at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from megatron_ext.data.counts import Counts
+
+Overlong = Literal["truncate", "drop", "split"]
+
+
+class Batch(NamedTuple):
+    """Encoded documents one after the other.
+
+    Attributes:
+        ids: (T,) int32 or uint32 token ids.
+        mask: (T,) uint8, 1 where the token is trained; None where all are (text).
+        lengths: (N,) int64 tokens in each document; a document may be empty.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray | None
+    lengths: np.ndarray
+
+    def select(self, kept: np.ndarray) -> Batch:
+        """The documents where ``kept`` (N,) bool is true."""
+        if kept.all():
+            return self
+        tokens = np.repeat(kept, self.lengths)
+        return Batch(self.ids[tokens], None if self.mask is None else self.mask[tokens], self.lengths[kept])
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(N,) int64, where each document starts in ``ids``."""
+        return np.cumsum(self.lengths) - self.lengths
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What is done to every document after encoding.
+
+    Attributes:
+        bos: id put before a document that does not start with it; None for none.
+        eod: id put behind a document that does not end with it; None for none. Trained.
+        max_length: tokens that a document may have, both marks included; None for no limit.
+        overlong: what happens to a longer one. ``truncate`` keeps its head; of text the end mark stays, because it
+            says where the next document begins, of a conversation it goes with the tail, because it is an answer's end
+            that was cut off. ``split`` makes pieces of ``max_length``.
+    """
+
+    bos: int | None = None
+    eod: int | None = None
+    max_length: int | None = None
+    overlong: Overlong = "truncate"
+
+    def apply(self, sides: list[Batch], *, text: bool) -> tuple[list[Batch], Counts]:
+        """Finish documents, none of them empty.
+
+        Args:
+            sides: one batch, or several of the same documents (chosen, rejected), which are dropped together.
+            text: whether they are text, not conversations.
+        """
+        cuts = Counts()
+        if self.max_length is not None:
+            over = np.zeros(len(sides[0].lengths), dtype=bool)
+            for side in sides:
+                over |= self._marked_lengths(side) > self.max_length
+            if self.overlong == "drop":
+                cuts.dropped = int(over.sum())
+                sides = [side.select(~over) for side in sides]
+            elif self.overlong == "truncate":
+                cuts.truncated = int(over.sum())
+            else:
+                cuts.split = int(over.sum())
+        finished = [self._finished(side, cuts, text) for side in sides]
+        return finished, cuts
+
+    def _marked_lengths(self, side: Batch) -> np.ndarray:
+        bos, eod = self._missing(side.ids, side.starts, side.lengths)
+        return side.lengths + bos + eod
+
+    def _missing(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) bool each: documents that lack the mark at their start, at their end."""
+        none = np.zeros(len(lengths), dtype=bool)
+        bos = none if self.bos is None else ids[starts] != self.bos
+        eod = none if self.eod is None else ids[starts + lengths - 1] != self.eod
+        return bos, eod
+
+    def _finished(self, side: Batch, cuts: Counts, text: bool) -> Batch:
+        if not len(side.lengths):
+            return side
+        bos, eod = self._missing(side.ids, side.starts, side.lengths)
+        if self.max_length is not None and self.overlong == "truncate":
+            over = side.lengths + bos + eod > self.max_length
+            if over.any():
+                room = self.max_length - bos - (text and self.eod is not None)
+                kept = np.where(over, np.minimum(side.lengths, room), side.lengths)
+                cuts.truncated_tokens += int((side.lengths - kept).sum())
+                side = _heads(side, kept)
+                eod = self._missing(side.ids, side.starts, side.lengths)[1] & (text | ~over)
+        side = self._with_marks(side, bos, eod)
+        return self._pieces(side) if self.overlong == "split" else side
+
+    def _with_marks(self, side: Batch, bos: np.ndarray, eod: np.ndarray) -> Batch:
+        """The documents with the marks that are missing."""
+        if not (bos.any() or eod.any()):
+            return side
+        lengths = side.lengths + bos + eod
+        ends = np.cumsum(lengths)
+        first, last = (ends - lengths)[bos], ends[eod] - 1
+        content = np.ones(int(ends[-1]), dtype=bool)
+        content[first] = content[last] = False
+        ids = np.empty(len(content), dtype=side.ids.dtype)
+        ids[content] = side.ids
+        ids[first], ids[last] = self.bos or 0, self.eod or 0
+        mask = None
+        if side.mask is not None:
+            mask = np.empty(len(content), dtype=np.uint8)
+            mask[content] = side.mask
+            mask[first], mask[last] = 0, 1
+        return Batch(ids, mask, lengths)
+
+    def _pieces(self, side: Batch) -> Batch:
+        """Documents of at most ``max_length``: the same tokens with more bounds."""
+        if self.max_length is None or side.lengths.max() <= self.max_length:
+            return side
+        pieces = -(-side.lengths // self.max_length)
+        lengths = np.full(int(pieces.sum()), self.max_length, dtype=np.int64)
+        lengths[np.cumsum(pieces) - 1] = side.lengths - (pieces - 1) * self.max_length
+        return Batch(side.ids, side.mask, lengths)
+
+
+def _heads(side: Batch, kept: np.ndarray) -> Batch:
+    """The first ``kept`` (N,) tokens of each document."""
+    if np.array_equal(kept, side.lengths):
+        return side
+    place = np.arange(len(side.ids)) - np.repeat(side.starts, side.lengths)
+    tokens = place < np.repeat(kept, side.lengths)
+    return Batch(side.ids[tokens], None if side.mask is None else side.mask[tokens], kept)

@@ -1,0 +1,184 @@
+"""What a tokenization will do, decided and checked before the first row is encoded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from megatron_ext.config import TokenizeOptions
+from megatron_ext.data.chat_templates import TemplateSource, find_template, special_tokens
+from megatron_ext.data.documents import Finish
+from megatron_ext.data.formats import AUTO, SNIFFED_ROWS, detect_format, require_columns, require_format, wanted_columns
+from megatron_ext.data.idxmap import token_dtype
+from megatron_ext.data.manifest import Kind
+from megatron_ext.data.rendering import ChatTemplate
+from megatron_ext.data.sources import Source, expand, read_rows
+from megatron_ext.data.tokenizers import load_tokenizer, require_vocabulary, tokenizer_file
+from megatron_ext.errors import ConfigError, DatasetFormatError, VocabularyError
+from megatron_ext.folders import require_space
+from megatron_ext.hf_folder import tokenizer_digest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from megatron_ext.data.slow_tokenizer import SlowTokenizer
+
+OUTPUT_VERSION = 2
+"""Of what is written for the same input; leftovers of another version are not gone on with."""
+SMALL_BYTES = 4 << 20
+"""Up to this much data the reference does the work: a fast engine would not have started by then."""
+PACKED = 4
+"""How much larger compressed data may be when it is read."""
+KINDS: dict[str, Kind] = {"text": "text", "preference": "preference"}
+"""Format -> kind of the dataset, where it is not chat."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tokenization whose input was checked as far as it can be without reading all of it.
+
+    Attributes:
+        sources, formats, whys: the files, the format of each, and what decided it.
+        kind: of the dataset.
+        folder: the Hugging Face folder with the tokenizer.
+        template: how conversations are rendered; None for text.
+        vocab_size: number of the tokenizer's tokens; ids are below ``id_limit``.
+    """
+
+    sources: list[Source]
+    formats: list[str]
+    whys: list[str]
+    kind: Kind
+    options: TokenizeOptions
+    folder: Path
+    tokenizer: Tokenizer | SlowTokenizer
+    template: TemplateSource | None
+    finish: Finish
+    vocab_size: int
+    id_limit: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of token ids on disk."""
+        return token_dtype(max(self.vocab_size, self.id_limit))
+
+    @cached_property
+    def text_size(self) -> int | None:
+        """Bytes of all files when unpacked, rather too many; None where a server does not say."""
+        return text_size(self.sources)
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """Digest of the tokenizer's files."""
+        return tokenizer_digest(self.folder)
+
+    @cached_property
+    def identity(self) -> str:
+        """What decides the result, the engine left out, which must not matter; files by name, size, time and inode."""
+        template = None if self.template is None else self.template.text
+        values = [
+            OUTPUT_VERSION,
+            self.options.model_dump(exclude={"chat_template"}),
+            template,
+            self.tokenizer_digest,
+            self.formats,
+            [(str(source), source.weight, source.input, file_state(source)) for source in self.sources],
+        ]
+        return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+
+
+def make_plan(files: Sequence[str | Path | Source], folder: Path, out: Path, options: TokenizeOptions) -> Plan:
+    """Check what can be checked at once, and decide formats, kind and ids. Nothing is written.
+
+    Raises:
+        SourceError: a file or the tokenizer is missing or unreadable.
+        DatasetFormatError: the first rows of a file fit no format, or files of different kinds are mixed.
+        ChatTemplateError: the template is unknown or missing.
+        VocabularyError: the tokenizer does not fit the model of its folder, or lacks a mark that was asked for.
+        ConfigError: options that do not go together.
+        DiskSpaceError: too little room for the result in ``out``.
+    """
+    require_format(options.format)
+    require_columns(options.columns, options.format)
+    sources = expand(list(files))
+    tokenizer = load_tokenizer(folder, slow=options.slow_tokenizer)
+    vocab_size, largest = require_vocabulary(tokenizer, folder)
+    if (size := text_size(sources)) is not None:
+        values = token_dtype(max(vocab_size, largest + 1)).itemsize + (options.format != "text")
+        # a token for every two bytes of text, which is rather too many
+        needed = size * values // 2 + tokenizer_file(folder).stat().st_size
+        require_space(out, needed, "the dataset")
+    formats, whys = zip(*(_format_of(source, options) for source in sources), strict=True)
+    kind = _kind(sources, formats)
+    if options.overlong == "split" and kind != "text":
+        raise ConfigError(f"overlong split is for text; {kind} data can be truncated or dropped")
+    finish = Finish(
+        bos=_mark(tokenizer, folder, "bos_token", "prepend_bos") if options.prepend_bos else None,
+        eod=_mark(tokenizer, folder, "eos_token", "append_eod") if options.append_eod else None,
+        max_length=options.max_length,
+        overlong=options.overlong,
+    )
+    template = None if kind == "text" else find_template(options.chat_template, folder)
+    if template is not None:
+        ChatTemplate(template, special_tokens(folder))
+    return Plan(
+        sources, list(formats), list(whys), kind, options, folder, tokenizer, template, finish, vocab_size, largest + 1
+    )
+
+
+def text_size(sources: Sequence[Source]) -> int | None:
+    """Bytes of all files when unpacked, rather too many; None where a server does not say."""
+    total = 0
+    for source in sources:
+        if (size := source.size()) is None:
+            return None
+        packed = source.compression is not None or source.kind in (".parquet", ".arrow")
+        total += size * (PACKED if packed else 1)
+    return total
+
+
+def file_state(source: Source) -> list[int] | None:
+    """Size, time of change and inode of a file; None for a URL."""
+    if source.is_url:
+        return None
+    stat = os.stat(source.path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _format_of(source: Source, options: TokenizeOptions) -> tuple[str, str]:
+    if options.format != AUTO:
+        return options.format, f"{source.name}: format {options.format} was asked for"
+    skipped = (lambda number, error: None) if options.on_bad_row == "skip" else None
+    rows = read_rows(source, wanted_columns(AUTO, options.columns), on_bad=skipped)
+    return detect_format(islice(rows, SNIFFED_ROWS), source, options.columns)
+
+
+def _kind(sources: Sequence[Source], formats: Sequence[str]) -> Kind:
+    kinds = [KINDS.get(format, "chat") for format in formats]
+    for source, kind in zip(sources, kinds, strict=True):
+        if kind != kinds[0]:
+            raise DatasetFormatError(
+                f"{sources[0]} is {kinds[0]} data, but {source} is {kind} data; a dataset holds one kind, "
+                "make one of each"
+            )
+    return kinds[0]
+
+
+def _mark(tokenizer: Tokenizer | SlowTokenizer, folder: Path, name: str, option: str) -> int:
+    text = special_tokens(folder).get(name)
+    number = None if text is None else tokenizer.token_to_id(text)
+    if number is None:
+        what = f"names no {name}" if text is None else f"has no token {text!r}, its {name}"
+        raise VocabularyError(
+            f"{option} needs it, but the tokenizer of {folder} {what}; set {name} in tokenizer_config.json"
+        )
+    return number

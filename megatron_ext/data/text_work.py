@@ -1,0 +1,118 @@
+"""Blocks of plain text: read as Arrow columns, encoded in threads, never a Python string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_ext.data.counts import Counts
+from megatron_ext.data.documents import Batch, Finish
+from megatron_ext.data.engine_proof import Comparison
+from megatron_ext.data.engines import GigatokenEngine, ReferenceEngine, Texts
+from megatron_ext.data.sources import ColumnBatch, Source, column_batches
+from megatron_ext.errors import DatasetFormatError
+
+BLOCK_BYTES = 4 << 20
+SHARD_BLOCKS = 16
+
+
+@dataclass
+class Done:
+    """A block of rows that was worked on.
+
+    Attributes:
+        source: number of its file.
+        row: the last row that it covers.
+        ends_source: whether the file ends here.
+        sides: the documents, a batch for each side of the dataset.
+        counts: what was read and left out.
+    """
+
+    source: int
+    row: int
+    ends_source: bool = False
+    sides: list[Batch] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+
+
+class Skipped:
+    """Rows that cannot be read, counted until a block takes them along; an error where rows must not be skipped."""
+
+    def __init__(self, skip: bool) -> None:
+        self.on_bad: Callable[[int, DatasetFormatError], None] | None = self._note if skip else None
+        self._counts = Counts()
+
+    def _note(self, number: int, error: DatasetFormatError) -> None:
+        self._counts.add(Counts(rows=1, skipped=1, named=[str(error)]))
+
+    def take(self) -> Counts:
+        """What was skipped since the last call."""
+        taken, self._counts = self._counts, Counts()
+        return taken
+
+
+@dataclass
+class TextBlock:
+    """Rows of one file with text, and what was skipped among them; without rows at the end of a file."""
+
+    source: int
+    place: str
+    row: int
+    batch: ColumnBatch | None
+    skipped: Counts
+    first: bool
+
+
+def text_blocks(sources: list[Source], column: str, position: tuple[int, int], *, skip: bool) -> Iterator[TextBlock]:
+    """The blocks of all files, from behind ``position`` (source, row)."""
+    for number, source in enumerate(sources):
+        start = position[1] if number == position[0] else 0
+        if number < position[0]:
+            continue
+        skipped, row = Skipped(skip), start
+        for batch in column_batches(source, column, BLOCK_BYTES, start, skipped.on_bad):
+            first = number == 0 and row == 0
+            row = batch.last_row
+            yield TextBlock(number, str(source), row, batch, skipped.take(), first)
+        yield TextBlock(number, str(source), row, None, skipped.take(), False)
+
+
+class TextWorker:
+    """Encodes blocks of text; used by one thread at a time."""
+
+    def __init__(self, engine: GigatokenEngine | ReferenceEngine, reference: ReferenceEngine, finish: Finish) -> None:
+        self._engine, self._reference, self._finish = engine, reference, finish
+
+    def work(self, block: TextBlock) -> Done:
+        """The documents of a block.
+
+        Raises:
+            EngineDiffersError: the fast engine is not exact on this data.
+        """
+        counts = block.skipped
+        if block.batch is None:
+            return Done(block.source, block.row, True, counts=counts)
+        texts = Texts.of_arrow(block.batch.values)
+        fast = isinstance(self._engine, GigatokenEngine)
+        before = self._engine.reference_documents if fast else 0
+        ids = self._engine.encode(texts)
+        if fast:
+            counts.reference_documents += self._engine.reference_documents - before
+            comparison = Comparison(self._reference)
+            comparison.check(texts, ids, _rows(block.batch), block.place, first=block.first)
+            counts.compared_documents, counts.compared_bytes = comparison.documents, comparison.bytes
+        batch = Batch(ids.values, None, ids.lengths)
+        filled = batch.lengths > 0
+        counts.rows += len(filled)
+        counts.empty += len(filled) - int(filled.sum())
+        sides, cuts = self._finish.apply([batch.select(filled)], text=True)
+        counts.add(cuts)
+        return Done(block.source, block.row, sides=sides, counts=counts)
+
+
+def _rows(batch: ColumnBatch) -> np.ndarray:
+    if batch.numbers is not None:
+        return batch.numbers
+    return np.arange(batch.first_row, batch.first_row + len(batch.values), dtype=np.int64)
