@@ -21,7 +21,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-INDEX = "model.safetensors.index.json"
+INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+LAYOUTS = ((INDEX, "model.safetensors"), (BIN_INDEX, "pytorch_model.bin"))
+"""Index of the shards, and single file, of safetensors and of pickles; the first that is there counts."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -42,23 +44,48 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model: those its index names, else the single file.
+    """The files that hold the model's weights: those that its index names, else the single file; safetensors if any.
 
     Raises:
-        SourceError: there are none, or the index names one that is missing.
+        SourceError: there are none, or the index is damaged or names one that is missing.
     """
-    index = folder / INDEX
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{index} is damaged: {error}; download it again") from None
-        if missing := [name for name in names if not (folder / name).exists()]:
-            raise SourceError(f"{index} names {missing[0]}, which is not in {folder}; download the model again")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    raise SourceError(f"{folder} has no model.safetensors and no {INDEX}")
+    for index, single in LAYOUTS:
+        if (folder / index).exists():
+            return [folder / name for name in sorted(set(read_index(folder / index).values()))]
+        if (folder / single).exists():
+            return [folder / single]
+    singles = " and no ".join(single for _, single in LAYOUTS)
+    raise SourceError(f"{folder} has no {singles}, nor an index of shards ({INDEX}); download the model's weights")
+
+
+def weights_index(folder: Path) -> Path | None:
+    """The index of the model's shards, if it has one."""
+    for index, single in LAYOUTS:
+        if (folder / index).exists():
+            return folder / index
+        if (folder / single).exists():
+            return None
+    return None
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Name of each weight -> name of the file beside the index that holds it.
+
+    Raises:
+        SourceError: it is no such index, or names a file that is missing or lies elsewhere.
+    """
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not files or not all(isinstance(name, str) for name in files.values()):
+            raise ValueError("weight_map names no files")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{path} is damaged: {error}; download it again") from None
+    for name in sorted(set(files.values())):
+        if Path(name).name != name:
+            raise SourceError(f"{path} names {name}, which is not a file beside it; do not trust this model")
+        if not (path.parent / name).is_file():
+            raise SourceError(f"{path} names {name}, which is not in {path.parent}; download the model again")
+    return files
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from megatron_ext.config import DataConfig, EvalConfig, ModelConfig
 from megatron_ext.errors import ConfigError, SourceError, unknown
 from megatron_ext.families import find_family
 from megatron_ext.families.hf_config import read_architecture
-from megatron_ext.hf_folder import INDEX, TOKENIZER_FILES, read_config, weight_files
+from megatron_ext.hf_folder import TOKENIZER_FILES, read_config, weight_files, weights_index
 from megatron_ext.weights.certificate import CERTIFICATE
 from tasks.digests import SourceDigests
 from tasks.store import Store
@@ -95,7 +95,8 @@ def model_source(model: ModelConfig, digests: SourceDigests, *, download: bool =
     if not any((folder / name).exists() for name in TOKENIZER_FILES[:2]):
         raise SourceError(f"{origin} has no tokenizer.json; save the model's tokenizer there")
     names = [p.name for p in folder.iterdir() if p.suffix in MODEL_SUFFIXES and p.is_file() and p.name != CERTIFICATE]
-    names = [n for n in names if n == INDEX or not n.endswith(".index.json")]
+    index = weights_index(folder)
+    names = [n for n in names if (index and n == index.name) or not n.endswith(".index.json")]
     names += [p.name for p in weight_files(folder)]
     return _files({name: folder / name for name in sorted(names)}, origin, digests)
 

@@ -63,7 +63,8 @@ def evaluate(
     include_path = include_path and include_path.absolute()
     read_config(model)
     for path in weight_files(model):
-        open_safetensors(path)
+        if path.suffix == ".safetensors":
+            open_safetensors(path)
     named = config.apply_chat_template and config.chat_template
     template = find_template(named, model).text if named else None
     local = read_local_tasks(include_path) if include_path else LocalTasks(frozenset(), needs_hub=True)

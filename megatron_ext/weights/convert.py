@@ -52,6 +52,7 @@ def convert(
     verify: VerifyLevel = "none",
     platform: str = "auto",
     layout: RankLayout | None = None,
+    trust_pickle: bool = False,
 ) -> dict[str, Any]:
     """Write the checkpoint folder of the Hugging Face model in ``model`` into the folder ``out``, cleared first.
 
@@ -61,10 +62,12 @@ def convert(
     ``extra_vocab_size`` rows are added to embedding and output layer, ``upcycle`` makes a mixture of experts of a dense
     model; ``config.UpcycleConfig`` and ``config.ModelConfig`` say how. ``verify`` is what the checkpoint must pass, and
     ``platform`` computes the logits that this may ask for. ``layout`` asks for Megatron-LM's files of ranks.
+    ``trust_pickle`` loads ``.bin`` files whatever they want.
 
     Raises:
         UnsupportedModelError: no family converts this config; names the key and what there is.
         SourceError: a file is missing, truncated or damaged; names it.
+        UntrustedPickleError: a ``.bin`` file wants a class that could run a program.
         WeightMappingError: a weight without a rule, a rule without a weight, a shape that contradicts config.json.
         ParallelismError: ``layout`` does not divide the model; names the size.
         DiskSpaceError: ``out`` lies on a disk without enough room.
@@ -74,7 +77,7 @@ def convert(
         raise ConfigError(unknown("dtype", dtype, SHORT))
     check_noise(upcycle, verify)
     changes = changes_of(read_config(model), extra_vocab_size, extra_vocab_init, upcycle)
-    source = read_source(model, changes)
+    source = read_source(model, changes, trust_pickle=trust_pickle)
     check_level(verify, source.architecture, platform)
     plan, reader = source.plan, source.reader
     dtypes = checkpoint_dtypes(plan, reader, dtype)
@@ -87,7 +90,8 @@ def convert(
         write_checkpoint(writer, plan, reader, dtypes, events)
         write_manifest(out, manifest)
         write_latest(out, "release")
-        verified = gate(verify, checkpoint=out, model=model, made=out, events=events, platform=platform)
+        options = {"platform": platform, "trust_pickle": trust_pickle}
+        verified = gate(verify, checkpoint=out, model=model, made=out, events=events, **options)
         upcycled = {}
         if upcycle:
             upcycled = upcycle.model_dump() | receipt(out, model, verified["verified"], dtypes, events, platform)

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder, read from single or sharded safetensors.
+"""Weights of a Hugging Face folder, read from single or sharded safetensors, or from pickles (``hf_bin``).
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format: eight bytes of header length, a JSON
 header (name -> dtype, shape, offsets), then the tensors' bytes.
@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_ext.errors import SourceError
 from megatron_ext.families.base import Part
-from megatron_ext.hf_folder import INDEX, weight_files
+from megatron_ext.hf_folder import read_index, weight_files, weights_index
 from megatron_ext.weights.files import OpenFile
 from megatron_ext.weights.streams import row_bytes
 
@@ -51,6 +51,30 @@ class TensorInfo:
         return prod(self.shape) * self.dtype.itemsize
 
 
+class HFWeights(Protocol):
+    """The weights of a Hugging Face model: type and shape of each, and their rows; any thread may ask."""
+
+    tensors: dict[str, TensorInfo]
+
+    def rows(self, part: Part, start: int, count: int) -> torch.Tensor:
+        """``count`` rows of ``part`` from ``start`` on; not to be written to."""
+        ...
+
+
+def open_weights(folder: Path, *, trust_pickle: bool = False) -> HFWeights:
+    """The weights of the folder: its safetensors, or its ``pytorch_model.bin``; ``trust_pickle`` loads any of those.
+
+    Raises:
+        SourceError: a file is missing, truncated or damaged, or holds what no weight is; names it.
+        UntrustedPickleError: a ``.bin`` file wants a class that could run a program.
+    """
+    if weight_files(folder)[0].suffix == ".safetensors":
+        return SafetensorsReader(folder)
+    from megatron_ext.weights.hf_bin import BinReader
+
+    return BinReader(folder, trust_pickle=trust_pickle)
+
+
 class SafetensorsReader:
     """The weights of a Hugging Face folder; headers are read at once, rows when they are asked for, by any thread.
 
@@ -65,7 +89,7 @@ class SafetensorsReader:
         self._place: dict[str, tuple[OpenFile, int]] = {}
         for path in weight_files(folder):
             self._open(path)
-        check_index(folder, INDEX, {name: file.path.name for name, (file, _) in self._place.items()})
+        check_index(folder, {name: file.path.name for name, (file, _) in self._place.items()})
 
     def rows(self, part: Part, start: int, count: int) -> torch.Tensor:
         """``count`` rows of ``part`` from ``start`` on."""
@@ -135,22 +159,20 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_index(folder: Path, index: str, files: Mapping[str, str]) -> None:
-    """Every tensor lies where the folder's index, if it has one, says; ``files`` is where it was found.
+def check_index(folder: Path, files: Mapping[str, str]) -> None:
+    """Every tensor lies where the folder's index, if it has one, says; ``files`` is where each was found.
 
     Raises:
         SourceError: names the first that does not.
     """
-    if not (folder / index).exists():
+    if (index := weights_index(folder)) is None:
         return
-    for name, place in json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].items():
+    for name, place in read_index(index).items():
         if files.get(name) != place:
-            raise SourceError(
-                f"{folder / index} says that {name} is in {place}, but it is not; download the model again"
-            )
+            raise SourceError(f"{index} says that {name} is in {place}, but it is not; download the model again")
 
 
-def same_tensor(reader: SafetensorsReader, left: str, right: str) -> bool:
+def same_tensor(reader: HFWeights, left: str, right: str) -> bool:
     """Whether two tensors hold the same numbers; read in pieces."""
     info, other = reader.tensors[left], reader.tensors[right]
     if info.shape != other.shape:

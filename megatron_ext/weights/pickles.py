@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,8 @@ MEGATRON_ENUMS = (
     "transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout",
 )  # fmt: skip
 """Classes of megatron.core that the ``args`` of a Megatron-LM checkpoint hold."""
+BEFORE_1_6 = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+"""How files of torch.save begin that are no zip: with torch's number for them."""
 NUMPY = ("_reconstruct", "scalar")
 HARMLESS: dict[str, Any] = {
     "argparse.Namespace": Namespace,
@@ -66,27 +69,31 @@ HARMLESS: dict[str, Any] = {
 
 def load_pickle(path: Path, *, trust: bool = False) -> Any:
     """What ``torch.save`` wrote to ``path``; tensors are backed by the file's pages as long as nobody copies them.
+    If torch before 1.6 wrote it, they are in memory.
 
     ``trust`` loads the file whatever it wants, as a program: only for files whose writer is trusted.
 
     Raises:
         UntrustedPickleError: the file wants a function or class that is not in ``HARMLESS``; names it.
-        SourceError: it is missing, truncated, damaged, or of the format before torch 1.6.
+        SourceError: it is missing, truncated, damaged, or no file of ``torch.save``.
     """
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"PK\x03\x04":
-            raise SourceError(f"{path} is damaged, or torch before 1.6 wrote it; load it with torch and save it again")
+            magic = file.read(len(BEFORE_1_6))
+        zipped = magic.startswith(b"PK\x03\x04")
+        if not zipped and magic != BEFORE_1_6:
+            raise SourceError(f"{path} is damaged, or torch did not write it; download it again")
         if trust:
-            return torch.load(os.fspath(path), map_location="cpu", mmap=True, weights_only=False)
+            return torch.load(os.fspath(path), map_location="cpu", mmap=zipped, weights_only=False)
         with _only_harmless():
-            if unsafe := sorted(get_unsafe_globals_in_checkpoint(os.fspath(path))):
+            if zipped and (unsafe := sorted(get_unsafe_globals_in_checkpoint(os.fspath(path)))):
                 raise _untrusted(path, ", ".join(unsafe[:3]))
-            return torch.load(os.fspath(path), map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(os.fspath(path), map_location="cpu", mmap=zipped, weights_only=True)
     except FileNotFoundError:
         raise SourceError(f"{path} is missing") from None
     except pickle.UnpicklingError as error:
+        if wanted := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error)):
+            raise _untrusted(path, wanted[1]) from None
         reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
         raise _untrusted(path, f"something odd ({reason.partition(chr(10))[0]})") from None
     except (AttributeError, ImportError) as error:

@@ -13,7 +13,7 @@ from megatron_ext.errors import CheckpointError, SourceError, WeightMappingError
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture, ModelFamily, Weight
 from megatron_ext.families.hf_config import read_architecture
-from megatron_ext.weights.hf import SHORT, SafetensorsReader, same_tensor
+from megatron_ext.weights.hf import SHORT, HFWeights, same_tensor
 from megatron_ext.weights.streams import CheckpointReader
 
 TRAINING_STATE = ("optimizer.", "chained_")
@@ -39,7 +39,7 @@ def hf_shapes(plan: list[Weight]) -> dict[str, tuple[int, ...]]:
 
 
 def check_coverage(
-    family: ModelFamily, architecture: Architecture, plan: list[Weight], source: SafetensorsReader, model: Path
+    family: ModelFamily, architecture: Architecture, plan: list[Weight], source: HFWeights, model: Path
 ) -> None:
     """Every weight has a rule, every rule its weights, and every shape is the one that config.json implies.
 
@@ -94,7 +94,7 @@ def check_stored(plan: list[Weight], source: CheckpointReader, checkpoint: Path)
             )
 
 
-def _tied_copies(family: ModelFamily, source: SafetensorsReader, surplus: set[str]) -> set[str]:
+def _tied_copies(family: ModelFamily, source: HFWeights, surplus: set[str]) -> set[str]:
     """Output weights that a tied model's file holds once more: harmless if they equal the embedding."""
     tied = [rule for rule in family.weights if rule.skip_if == "share_embeddings_and_output_weights"]
     embedding = next(rule.hf[0] for rule in family.weights if rule.mcore == "embedding.word_embeddings.weight")
@@ -107,7 +107,7 @@ def _tied_copies(family: ModelFamily, source: SafetensorsReader, surplus: set[st
     return copies
 
 
-def checkpoint_dtypes(plan: list[Weight], source: SafetensorsReader, dtype: str | None) -> dict[str, torch.dtype]:
+def checkpoint_dtypes(plan: list[Weight], source: HFWeights, dtype: str | None) -> dict[str, torch.dtype]:
     """Type of each megatron-core tensor: ``dtype``, else the narrowest that holds all its parts and layers exactly."""
     parts: dict[str, set[torch.dtype]] = {}
     for weight in plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_ext.families.base import Architecture, ModelFamily, Weight
 from megatron_ext.families.hf_config import read_architecture
 from megatron_ext.hf_folder import read_config
 from megatron_ext.weights.changes import ModelChanges, changed_config
-from megatron_ext.weights.hf import SafetensorsReader
+from megatron_ext.weights.hf import HFWeights, open_weights
 from megatron_ext.weights.manifest import CheckpointManifest
 from megatron_ext.weights.planning import architecture_of, check_coverage
 from megatron_ext.weights.upcycle import UpcycledExperts
@@ -47,36 +48,37 @@ class Source:
     not_converted: tuple[str, ...]
 
 
-def read_source(model: Path, changes: ModelChanges | None = None) -> Source:
+def read_source(model: Path, changes: ModelChanges | None = None, *, trust_pickle: bool = False) -> Source:
     """Open the folder and check every weight of it against its config.json.
 
     Raises:
         UnsupportedModelError: no family converts this config, or it cannot be changed as asked; names the key.
         SourceError: a file is missing, truncated or damaged; names it.
+        UntrustedPickleError: a ``.bin`` file wants a class that could run a program; ``trust_pickle`` loads it.
         WeightMappingError: a weight without a rule, a rule without a weight, a shape that contradicts config.json.
     """
     config = read_config(model)
     family, architecture = architecture_of(config)
     target = changed_config(config, changes) if changes else config  # refuses before a file is opened
-    reader = SafetensorsReader(model)
+    opened = partial(open_weights, model, trust_pickle=trust_pickle)
+    reader = opened()
     layout = family.layout_of(reader.tensors)
     plan = list(family.plan(architecture, layout))
     check_coverage(family, architecture, plan, reader, model)
     rest = tuple(sorted(set(reader.tensors) - {part.name for weight in plan for part in weight.parts}))
     if not changes:
-        reopen = lambda: SafetensorsReader(model)  # noqa: E731
-        return Source(dict(config), architecture, family, layout, plan, reader, reopen, rest)
-    return _changed(model, target, changes, plan, reader, layout, rest)
+        return Source(dict(config), architecture, family, layout, plan, reader, opened, rest)
+    return _changed(opened, target, changes, plan, reader, layout, rest)
 
 
-def source_of(manifest: CheckpointManifest, checkpoint: Path, model: Path) -> Source:
+def source_of(manifest: CheckpointManifest, checkpoint: Path, model: Path, *, trust_pickle: bool = False) -> Source:
     """``model`` as the source of the checkpoint, or as what was exported from it.
 
     Raises:
         CheckpointError: the checkpoint is of another model than ``model``; names the field.
     """
     changed = descends(manifest, read_config(model), checkpoint, model)
-    return read_source(model, manifest.changes if changed else None)
+    return read_source(model, manifest.changes if changed else None, trust_pickle=trust_pickle)
 
 
 def descends(manifest: CheckpointManifest, config: Mapping[str, Any], checkpoint: Path, model: Path) -> bool:
@@ -108,11 +110,11 @@ def descends(manifest: CheckpointManifest, config: Mapping[str, Any], checkpoint
 
 
 def _changed(
-    model: Path,
+    opened: Callable[[], HFWeights],
     config: dict[str, Any],
     changes: ModelChanges,
     dense: list[Weight],
-    reader: SafetensorsReader,
+    reader: HFWeights,
     layout: str | None,
     rest: tuple[str, ...],
 ) -> Source:
@@ -122,12 +124,10 @@ def _changed(
     plan = list(family.plan(architecture, layout))
     vocabulary = {part.name for weight in dense if weight.padded_vocabulary for part in weight.parts}
 
-    def opened(plain: SafetensorsReader) -> Any:
+    def changed(plain: HFWeights) -> Any:
         result: Any = plain
         if changes.extra_vocab_size:
             result = ExtendedVocabulary(result, vocabulary, changes.extra_vocab_size, changes.extra_vocab_init)
         return UpcycledExperts(result, dense, plan, changes.upcycle) if changes.upcycle else result
 
-    return Source(
-        config, architecture, family, layout, plan, opened(reader), lambda: opened(SafetensorsReader(model)), rest
-    )
+    return Source(config, architecture, family, layout, plan, changed(reader), lambda: changed(opened()), rest)

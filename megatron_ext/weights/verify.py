@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from megatron_ext.config import VerifyLevel
-from megatron_ext.errors import ConfigError, UserError, VerificationError, unknown
+from megatron_ext.errors import (
+    CheckpointError,
+    ConfigError,
+    SourceError,
+    VerificationError,
+    WeightMappingError,
+    unknown,
+)
 from megatron_ext.events import Events
 from megatron_ext.families.base import Architecture, Weight
 from megatron_ext.weights import planning
@@ -56,7 +63,7 @@ def gate(
             f"{error}. Nothing was published; check disk and memory of this machine and try again: what fails twice at "
             "the same place is a fault in megatron_ext/families or megatron_ext/weights"
         ) from None
-    except UserError as error:
+    except (CheckpointError, SourceError, WeightMappingError) as error:
         raise VerificationError(f"what was written cannot be read back: {error}") from None
     write_certificate(made, certificate)
     events.note(f"verified ({level}): {sentence(certificate)}")
@@ -97,7 +104,7 @@ def verify(
     started = time.monotonic()
     manifest = manifest_of(checkpoint, model, trust_pickle=trust_pickle)
     check_level(level, manifest.architecture, platform)
-    source = source_of(manifest, checkpoint, model)
+    source = source_of(manifest, checkpoint, model, trust_pickle=trust_pickle)
     plan, tensors = source.plan, source.reader.tensors
     reopened = partial(open_checkpoint, checkpoint, manifest, trust_pickle=trust_pickle)
     reader = reopened()

@@ -100,9 +100,21 @@ def test_a_truncated_file_is_named(keep, tmp_path):
         load_pickle(path)
 
 
-def test_the_format_before_torch_1_6_and_a_missing_file_are_named(tmp_path):
-    torch.save({"weight": torch.ones(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(SourceError, match=r"before 1\.6"):
-        load_pickle(tmp_path / "old.bin")
+def test_the_format_before_torch_1_6_loads_and_is_guarded_too(tmp_path):
+    path, trace = tmp_path / "old.bin", tmp_path / "ran"
+    torch.save({"weight": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(load_pickle(path)["weight"], torch.ones(2))
+    harm = {"weight": torch.ones(2), "x": Malicious(os.system, f"touch {trace}")}
+    torch.save(harm, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UntrustedPickleError, match=r"posix\.system"):
+        load_pickle(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle at all", b"\x80\x04\x95 another pickle"])
+def test_what_torch_did_not_write_and_a_missing_file_are_named(content, tmp_path):
+    (tmp_path / "odd.bin").write_bytes(content)
+    with pytest.raises(SourceError, match=r"odd\.bin"):
+        load_pickle(tmp_path / "odd.bin")
     with pytest.raises(SourceError, match="missing"):
         load_pickle(tmp_path / "absent.bin")
