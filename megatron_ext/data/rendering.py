@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 from megatron_ext.data.chat_templates import TemplateSource
 from megatron_ext.data.formats import Conversation, Message, Preference
-from megatron_ext.data.skeletons import Inspected, Skeleton, Span, mark, watched
+from megatron_ext.data.skeletons import Inspected, Skeleton, Span
 from megatron_ext.data.templating import Program, compiled
+from megatron_ext.data.watching import Watched, watched
 from megatron_ext.errors import ChatTemplateError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 USER, ASSISTANT = "mflowprobeuser", "mflowprobeassistant"
-SKELETONS = 1024
-"""Sequences of roles that are remembered."""
+SEQUENCES, VARIANTS = 1024, 8
+"""Sequences of roles that are remembered, and skeletons of each: what a template asks about contents divides them."""
 
 
 class Rendered(NamedTuple):
@@ -60,7 +61,7 @@ class ChatTemplate:
         self.marks_generation = bool(GENERATION.search(source.text))
         self._program = compiled(source, tokens, now)
         self._watched = watched(source, tokens, now)
-        self._skeletons: dict[tuple[Any, ...], Skeleton | None] = {}
+        self._skeletons: dict[tuple[Any, ...], list[Skeleton | None]] = {}
         self._learn()
 
     def _learn(self) -> None:
@@ -132,33 +133,28 @@ class ChatTemplate:
             messages = conversation.messages
             key = (last_only, conversation.trained_from, *[m["role"] for m in messages if len(m) == 2])
             if len(key) == len(messages) + 2:
-                try:
-                    skeleton = self._skeletons[key]
-                except KeyError:
-                    skeleton = self._remember(self._watched, key, conversation, last_only)
-                if skeleton is not None:
-                    text, spans = skeleton.filled(messages)
-                    if len(spans) == len(skeleton.spans):
-                        return Rendered(text, spans)
+                skeletons = self._skeletons.get(key, ())
+                for skeleton in skeletons:
+                    if skeleton is not None and (filled := skeleton.filled(messages)):
+                        return Rendered(*filled)
+                if len(skeletons) < VARIANTS and (skeletons or len(self._skeletons) < SEQUENCES):
+                    rendered = self._by_jinja(self._program, conversation, last_only)
+                    skeleton = self._skeleton(self._watched, conversation, last_only)
+                    right = skeleton is not None and skeleton.filled(messages) == rendered
+                    self._skeletons.setdefault(key, []).append(skeleton if right else None)
+                    return rendered
         return self._by_jinja(self._program, conversation, last_only)
 
-    def _remember(
-        self, program: Program, key: tuple[Any, ...], conversation: Conversation, last_only: bool
-    ) -> Skeleton | None:
-        """The skeleton of conversations like this one, or None if there is none; checked on this one."""
-        if len(self._skeletons) >= SKELETONS:
-            return None
-        marked = [{"role": m["role"], "content": mark(number)} for number, m in enumerate(conversation.messages)]
-        skeleton = None
+    def _skeleton(self, watched: Watched, conversation: Conversation, last_only: bool) -> Skeleton | None:
+        """The skeleton of conversations like this one, or None if there is none."""
+        messages = conversation.messages
+        trace = watched.start([message["content"] for message in messages])
+        marked = [{"role": m["role"], "content": trace.mark(number)} for number, m in enumerate(messages)]
         try:
-            rendered = self._by_jinja(program, Conversation(marked, None, conversation.trained_from), last_only)
-            skeleton = Skeleton.of(*rendered)
-            if skeleton.filled(conversation.messages) != self._by_jinja(self._program, conversation, last_only):
-                skeleton = None
+            like = Conversation(marked, None, conversation.trained_from)
+            return Skeleton.of(*self._by_jinja(watched.program, like, last_only), trace)
         except (Inspected, ChatTemplateError):
-            pass
-        self._skeletons[key] = skeleton
-        return skeleton
+            return None
 
     # --- by Jinja -----------------------------------------------------------------------------------------------
 
