@@ -77,7 +77,7 @@ def export(
     """
     if dtype is not None and dtype not in SHORT:
         raise ConfigError(unknown("dtype", dtype, SHORT))
-    manifest = manifest_of(checkpoint, model, trust_pickle=trust_pickle)
+    manifest = manifest_of(checkpoint, model, events, trust_pickle=trust_pickle)
     check_level(verify, manifest.architecture, platform)
     config = read_config(model)
     plan = checked_plan(manifest, checkpoint, model, config)

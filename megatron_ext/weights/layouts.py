@@ -14,6 +14,7 @@ import torch
 
 from megatron_ext.data.chat_templates import own_template
 from megatron_ext.errors import CheckpointError
+from megatron_ext.events import Events
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture, Weight
 from megatron_ext.folders import require_space
@@ -29,10 +30,15 @@ from megatron_ext.weights.manifest import (
 )
 from megatron_ext.weights.megatron_names import is_ranks_folder
 from megatron_ext.weights.megatron_ranks import EMBEDDING, MegatronRanksReader, place_in_model
-from megatron_ext.weights.megatron_writer import MegatronRanksWriter, RankLayout, vocab_rows
+from megatron_ext.weights.megatron_writer import MegatronRanksWriter, RankLayout, megatron_args, vocab_rows
 from megatron_ext.weights.planning import architecture_of, check_stored
 from megatron_ext.weights.streams import CheckpointReader, CheckpointWriter, stored_bytes
 from megatron_ext.weights.torch_dist import BLOB_OVERHEAD, CHUNK_BYTES, TorchDistReader, TorchDistWriter
+
+SHAPING = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "num_experts")
+"""Settings of Megatron-LM that say where one weight ends and the next begins."""
+COMPUTING = ("rotary_base", "norm_epsilon", "moe_router_topk", "add_qkv_bias", "normalization", "swiglu")
+"""Settings that change what is computed. Converters do not always save those of the model."""
 
 
 def plan_of(manifest: CheckpointManifest) -> list[Weight]:
@@ -53,11 +59,12 @@ def open_checkpoint(checkpoint: Path, manifest: CheckpointManifest, *, trust_pic
     return TorchDistReader(folder)
 
 
-def manifest_of(checkpoint: Path, model: Path, *, trust_pickle: bool = False) -> CheckpointManifest:
+def manifest_of(checkpoint: Path, model: Path, events: Events, *, trust_pickle: bool = False) -> CheckpointManifest:
     """The checkpoint's manifest, or, for files of ranks that came without one, what config.json of ``model`` implies.
 
     Raises:
-        CheckpointError: there is no manifest and no file of a rank, or a shape contradicts config.json; names it.
+        CheckpointError: there is no manifest and no file of a rank, or a shape or setting contradicts config.json;
+            names it.
         WeightMappingError: a weight of the files is not in that model, or one of the model's not in the files.
         UntrustedPickleError: as ``open_checkpoint``.
     """
@@ -68,6 +75,7 @@ def manifest_of(checkpoint: Path, model: Path, *, trust_pickle: bool = False) ->
     plan = list(family.plan(architecture))
     reader = MegatronRanksReader(latest_folder(checkpoint), plan, trust_pickle=trust_pickle)
     check_stored(plan, reader, checkpoint)
+    _compare_settings(reader.args, architecture, checkpoint, events)
     said = config.get("dtype") or config.get("torch_dtype") or "float32"
     return CheckpointManifest(
         layout="mp_rank",
@@ -83,6 +91,21 @@ def manifest_of(checkpoint: Path, model: Path, *, trust_pickle: bool = False) ->
         chat_template=own_template(model),
         iteration=read_latest(checkpoint),
     )
+
+
+def _compare_settings(args: Any, architecture: Architecture, checkpoint: Path, events: Events) -> None:
+    """Hold what Megatron-LM was told against config.json: heads of other sizes would fit into the same shapes."""
+    ours = megatron_args(architecture, RankLayout(), {})
+    for name in (*SHAPING, *COMPUTING):
+        theirs, expected = getattr(args, name, None), getattr(ours, name)
+        if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
+            theirs = getattr(args, "num_attention_heads", None)
+        if theirs in (None, expected) or (expected is None and name in COMPUTING):
+            continue
+        said = f"{checkpoint} was written with {name} {theirs}, but config.json of the model implies {expected}"
+        if name in SHAPING:
+            raise CheckpointError(f"{said}; give --model the folder of this checkpoint's model")
+        events.note(f"{said}: if the weights were trained so, the exported model computes something else")
 
 
 def checkpoint_writer(

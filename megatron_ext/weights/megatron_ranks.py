@@ -33,6 +33,7 @@ class MegatronRanksReader:
 
     ``folder`` is the iteration's folder and ``plan`` the model's weights. ``shapes`` and ``dtypes`` are those that a
     torch_dist checkpoint of the same weights has; a parameter that is not in the plan appears under its own name.
+    ``args`` are Megatron-LM's settings, if a file holds some.
 
     Raises:
         CheckpointError: ranks are missing, or do not fit each other or the plan; names the folder or weight.
@@ -48,7 +49,7 @@ class MegatronRanksReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         ranks = _Ranks(folder, trust_pickle)
-        self.sizes = ranks.sizes
+        self.sizes, self.args = ranks.sizes, ranks.args
         shards: dict[Place, dict[int, torch.Tensor]] = {}
         for (tp, _, ep), offset, model in ranks.chunks():
             for name, tensor in model.items():
@@ -210,6 +211,7 @@ class _Ranks:
             raise CheckpointError(f"{folder} has no mp_rank_* folders, or folders of several layouts")
         states = {numbers: load_pickle(path, trust=trust_pickle) for numbers, path in found.items()}
         self._models = {numbers: _models(state, found[numbers]) for numbers, state in states.items()}
+        self.args = next((state["args"] for state in states.values() if state.get("args") is not None), None)
         self._models = {self._rank(numbers): models for numbers, models in self._models.items()}
         self.sizes = Sizes(*(max(numbers) + 1 for numbers in zip(*self._models, strict=True)))
         self._check_whole()

@@ -64,7 +64,7 @@ def relayout(
             "--verify logits compares with a Hugging Face model, and the weights of --model are not read here; use "
             "digest, and mflow verify --level logits with a folder that mflow export wrote from this checkpoint"
         )
-    source_manifest = manifest_of(checkpoint, model, trust_pickle=trust_pickle)
+    source_manifest = manifest_of(checkpoint, model, events, trust_pickle=trust_pickle)
     plan = checked_plan(source_manifest, checkpoint, model, read_config(model))
     source = open_checkpoint(checkpoint, source_manifest, trust_pickle=trust_pickle)
     check_stored(plan, source, checkpoint)

@@ -25,7 +25,7 @@ from megatron_ext.errors import (
     VerificationError,
     WeightMappingError,
 )
-from megatron_ext.events import Events
+from megatron_ext.events import Events, Follower
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 from megatron_ext.weights.manifest import MANIFEST, read_manifest
@@ -326,6 +326,24 @@ def test_a_model_that_the_files_are_not_of_is_refused(models, tmp_path):
     refused(CheckpointError, checkpoint, model, tmp_path, "linear_fc1", "320", "256")
 
 
+def test_settings_that_contradict_config_json_are_refused_where_they_shape_and_noted_where_they_compute(
+    models, tmp_path
+):
+    """8 heads of 8 and 2 groups fill the same rows as 4 heads of 16 and 1 group."""
+    checkpoint = foreign(models("qwen2"), tmp_path / "ranks")
+    change(checkpoint / "release" / "mp_rank_00", lambda state: setattr(state["args"], "rotary_base", 500000))
+    out = tmp_path / "back"
+    out.mkdir()
+    export(checkpoint, models("qwen2"), out, dtype=None, events=Events(tmp_path / "events"))
+    notes = [event["text"] for event in Follower(tmp_path / "events").new() if event["event"] == "note"]
+    assert any("rotary_base 500000" in note and "10000" in note for note in notes)
+    model = Path(shutil.copytree(models("qwen2"), tmp_path / "hf"))
+    config = json.loads((model / "config.json").read_text())
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
+    (model / "config.json").write_text(json.dumps(config | heads))
+    refused(CheckpointError, checkpoint, model, tmp_path, "num_attention_heads 8", "implies 4")
+
+
 def test_a_parameter_that_no_rule_knows_is_named_by_its_layer_in_the_whole_model(models, tmp_path):
     checkpoint = foreign(models("llama"), tmp_path / "ranks", Sizes(pp=2))
     change(
@@ -386,7 +404,7 @@ def test_too_little_room_for_all_ranks_is_refused_before_the_first_byte(models, 
 PEAK = """
 import json, sys, threading
 from pathlib import Path
-from megatron_ext.events import Events
+from megatron_ext.events import Events, Follower
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 from megatron_ext.weights.megatron_names import Sizes
