@@ -89,7 +89,12 @@ class ChatWorker:
 
     def __init__(self, spec: ChatSpec, reference: ReferenceEngine) -> None:
         self._spec, self._reference = spec, reference
-        self._template = ChatTemplate(spec.template, spec.special_tokens)
+        self._template = ChatTemplate(
+            spec.template,
+            spec.special_tokens,
+            last_turn_only=spec.options.last_turn_only,
+            train_on_prompt=spec.options.train_on_prompt,
+        )
         self._takes_tools: bool | None = None
         self._engine: GigatokenEngine | None = None
         if spec.engine == GIGATOKEN:
@@ -135,9 +140,12 @@ class ChatWorker:
                     f"{place}: has tools, tool calls or tool answers, but chat template {self._template.name!r} "
                     "has no place for them; name one that has (qwen2.5), or leave such rows out"
                 )
-        conversations = parsed.conversations() if isinstance(parsed, Preference) else (parsed,)
         try:
-            documents = tuple(self._template.render(conversation) for conversation in conversations)
+            documents: tuple[Rendered, ...]
+            if isinstance(parsed, Preference):
+                documents = self._template.render_pair(parsed)
+            else:
+                documents = (self._template.render(parsed),)
             for document in documents:
                 document.text.encode()
         except ChatTemplateError as error:
