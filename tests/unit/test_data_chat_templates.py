@@ -1,6 +1,7 @@
 """Chat templates: which one is meant, what it renders, and which part of the text the assistant wrote."""
 
 import json
+from datetime import datetime
 
 import pytest
 from chat_data import TOOL, TOOL_CHAT, chat
@@ -12,7 +13,7 @@ from megatron_ext.data.chat_templates import (
     named_templates,
     special_tokens,
 )
-from megatron_ext.data.formats import Conversation
+from megatron_ext.data.formats import Conversation, Preference
 from megatron_ext.data.rendering import ChatTemplate
 from megatron_ext.errors import ChatTemplateError
 
@@ -61,9 +62,15 @@ def test_a_named_template_wins_over_the_models_own_and_a_file_can_be_given(tmp_p
     assert find_template(str(tmp_path / "mine.jinja"), tmp_path) == TemplateSource("mine.jinja", "mine")
 
 
-@pytest.mark.parametrize("name", ["chatml", "qwen2.5", "llama2", "llama3", "mistral-instruct", "alpaca"])
-def test_the_promised_templates_are_there(name):
-    assert name in named_templates()
+PROMISED = {
+    *("chatml", "qwen2.5", "llama2", "llama3", "alpaca", "plain"),
+    *("mistral-instruct", "mistral-instruct-v1", "mistral-instruct-v2", "mistral-instruct-v3"),
+    *("modellink-alpaca", "autoalign-chatml", "autoalign-chatml-idsys", "autoalign-vicuna"),
+}
+
+
+def test_the_promised_templates_are_there():
+    assert named_templates().keys() >= PROMISED
 
 
 def test_an_unknown_template_is_named_with_the_nearest_and_all_known(tmp_path):
@@ -138,6 +145,29 @@ TWO_TURNS = chat("Hi", "Hello", "Bye", " See you \n")
             ["Hello<|eot_id|>", " See you \n<|eot_id|>"],
         ),
         (
+            "mistral-instruct-v3",
+            "<s>[INST] Hi[/INST] Hello</s>[INST] Bye[/INST]  See you \n</s>",
+            [" Hello</s>", "  See you \n</s>"],
+        ),
+        (
+            "modellink-alpaca",
+            "\nBelow is an instruction that describes a task, paired with an input that provides further context. Write "
+            "a response that appropriately completes the request. Please note that you need to think through your "
+            "response logically and step by step.\n### Instruction:\nHi\n### Response:\nHello\n</s>### Instruction:\nBye\n"
+            "### Response:\n See you \n\n</s>",
+            ["Hello\n</s>", " See you \n\n</s>"],
+        ),
+        (
+            "autoalign-vicuna",
+            "A chat between a curious user and an artificial intelligence assistant."
+            + " " * 13
+            + "The assistant gives "
+            "helpful, detailed, and polite answers to the user's questions. USER: Hi ASSISTANT: Hello</s>USER: Bye "
+            "ASSISTANT:  See you \n</s>",
+            ["Hello</s>", " See you \n</s>"],
+        ),
+        ("plain", "HiHello</s>Bye See you \n</s>", ["Hello</s>", " See you \n</s>"]),
+        (
             "mistral-instruct",
             "<s> [INST] Hi [/INST] Hello</s> [INST] Bye [/INST]  See you \n</s>",
             [" Hello</s>", "  See you \n</s>"],
@@ -154,6 +184,25 @@ TWO_TURNS = chat("Hi", "Hello", "Bye", " See you \n")
 def test_named_templates_render_and_train_the_assistant_with_its_end_marker(name, text, spans):
     assert named(name).render(Conversation(TWO_TURNS)).text == text
     assert trained(named(name), TWO_TURNS) == spans
+
+
+SPACED = " \n x y\t \n"
+
+
+@pytest.mark.parametrize("name", sorted(named_templates()))
+def test_contents_are_never_stripped(name):
+    text = named(name).text(chat(SPACED, SPACED, system=SPACED))
+    assert text.count(SPACED) == 3
+
+
+WITH_DEFAULT_SYSTEM = {"qwen2.5", "alpaca", "modellink-alpaca"}
+
+
+@pytest.mark.parametrize("name", sorted(named_templates()))
+def test_an_absent_system_message_adds_no_turn_unless_the_template_has_one_of_its_own(name):
+    words = named(name).text(chat("Hi", "Hello"))
+    own = name in WITH_DEFAULT_SYSTEM or (name.startswith("autoalign") and name[10:] not in ("mistral", "gemma"))
+    assert ("system" in words or len(words.partition("Hi")[0]) > 60) == own
 
 
 @pytest.mark.parametrize("name", sorted(named_templates()))
@@ -180,6 +229,69 @@ def test_tools_are_rendered_and_calls_are_trained():
         '<tool_call>\n{"name": "search", "arguments": {"query": "dogs"}}\n</tool_call><|im_end|>',
         "three and four<|im_end|>",
     ]
+
+
+# --- which turns are trained ------------------------------------------------------------------------------------
+
+BARE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+FIRST_ONLY = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.index0 < 2")
+"""Marks the first answer alone."""
+FOUR = chat("q", "a", "r", "b", system="s")
+
+
+def parts(rendered):
+    return [rendered.text[start:end] for start, end in rendered.spans]
+
+
+@pytest.mark.parametrize("text", [BARE, MARKED])
+def test_the_last_turn_or_the_whole_text_is_trained_where_asked_for(text):
+    source = TemplateSource("test", text)
+    assert parts(ChatTemplate(source, TOKENS).render(Conversation(FOUR))) == ["a<|end|>", "b<|end|>"]
+    assert parts(ChatTemplate(source, TOKENS, last_turn_only=True).render(Conversation(FOUR))) == ["b<|end|>"]
+    whole = ChatTemplate(source, TOKENS, train_on_prompt=True).render(Conversation(FOUR))
+    assert whole.spans == [(0, len(whole.text))]
+
+
+@pytest.mark.parametrize("text", [BARE, MARKED])
+def test_turns_before_the_first_trained_one_belong_to_the_prompt(text):
+    conversation = Conversation(FOUR, None, 3)
+    assert parts(template(text).render(conversation)) == ["b<|end|>"]
+    assert parts(template(text).render(Conversation(FOUR, None, 1))) == ["a<|end|>", "b<|end|>"]
+
+
+@pytest.mark.parametrize("options", [{}, {"last_turn_only": True}, {"train_on_prompt": True}])
+@pytest.mark.parametrize("text", [BARE, MARKED])
+def test_a_preference_trains_its_answers_alone_whatever_the_options(text, options):
+    answer = [{"role": "assistant", "content": "x"}, {"role": "tool", "content": "t"}]
+    answer.append({"role": "assistant", "content": "y"})
+    preference = Preference(FOUR[:-1], [FOUR[-1]], answer)
+    chosen, rejected = ChatTemplate(TemplateSource("test", text), TOKENS, **options).render_pair(preference)
+    assert parts(chosen) == ["b<|end|>"]
+    assert parts(rejected) == ["x<|end|>", "y<|end|>"]
+    prompt = template(text).text(FOUR[:-1], prompt=True)
+    assert chosen.text.startswith(prompt)
+    assert rejected.text.startswith(prompt)
+
+
+def test_an_answer_that_cannot_be_told_from_the_others_is_refused():
+    last = ChatTemplate(TemplateSource("test", "{{ messages | length }}" + FIRST_ONLY), TOKENS, last_turn_only=True)
+    with pytest.raises(ChatTemplateError, match="writes 0 generation blocks for 2 assistant turns"):
+        last.render(Conversation(FOUR))
+
+
+def test_the_date_is_that_of_the_given_moment():
+    dated = TemplateSource("test", "{{ strftime_now('%d %b %Y') }}" + MARKED)
+    then = ChatTemplate(dated, TOKENS, now=datetime(2024, 7, 26))
+    assert then.writes_date
+    assert [then.render(Conversation(FOUR)).text[:11] for _ in range(2)] == ["26 Jul 2024"] * 2
 
 
 # --- spans of templates that do not mark them -------------------------------------------------------------------
