@@ -1,12 +1,13 @@
 """Hugging Face -> torch_dist -> Hugging Face gives back every tensor and every other file, bit for bit."""
 
 import importlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import write_model
 
 from megatron_ext.errors import WeightMappingError
@@ -85,6 +86,27 @@ def test_no_rule_can_be_left_out(name, rule, tmp_path, monkeypatch):
         convert(model, out, dtype=None, events=Events())
     with pytest.raises(WeightMappingError, match="no rule exports"):
         export(checkpoint, model, out, dtype=None, events=Events())
+
+
+@pytest.mark.parametrize(
+    ("stacked", "experts", "named"),
+    [
+        (False, 5, "has no weight model.layers.0.block_sparse_moe.experts.4.w1.weight"),
+        (False, 3, "no rule converts model.layers.0.block_sparse_moe.experts.3.w1.weight"),
+        (True, 5, r"experts.gate_up_proj of .* has shape \[4, 96, 64\], but config.json implies \[5, 96, 64\]"),
+    ],
+)
+def test_experts_that_contradict_the_config_are_named(stacked, experts, named, tmp_path):
+    model = write_model(tmp_path / "hf", "mixtral", num_hidden_layers=1, stacked_experts=stacked)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_local_experts": experts}))
+    router = "model.layers.0.mlp.gate.weight" if stacked else "model.layers.0.block_sparse_moe.gate.weight"
+    weights = load_file(model / "model.safetensors")
+    weights[router] = torch.zeros(experts, 64)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(WeightMappingError, match=named):
+        convert(model, tmp_path / "out", dtype=None, events=Events())
 
 
 def test_every_other_file_is_copied_byte_for_byte(tmp_path):
