@@ -20,16 +20,16 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from megatron_ext.config import (
-    DatasetFormat,
     EvalConfig,
     TrainJobConfig,
     read_yaml,
     validated,
     with_overrides,
 )
+from megatron_ext.data.commands import tokenize
 from megatron_ext.errors import MegatronFlowsError, OutputExistsError, UserError
 from megatron_ext.folders import published
-from megatron_ext.options import AsJson, ModelFolder, Out, Overwrite, report
+from megatron_ext.options import AsJson, ModelFolder, Overwrite
 from megatron_ext.terminal import TerminalEvents
 from megatron_ext.weights.commands import convert, export, verify
 
@@ -84,26 +84,7 @@ app = typer.Typer(
 
 for command in (convert, export, verify):
     app.command()(command)
-
-
-@app.command(cls=VariadicCommand)
-def tokenize(
-    input: Annotated[list[Path], typer.Option(help="JSON, JSONL or parquet files.")],
-    tokenizer: Annotated[Path, typer.Option(help="Hugging Face folder with tokenizer.json.")],
-    out: Out,
-    format: DatasetFormat = "auto",
-    chat_template: Annotated[str | None, typer.Option(help="Named template or Jinja file.")] = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Turn conversations into idxmap tokens and loss masks."""
-    from megatron_ext.data.tokenization import tokenize as tokenize_files
-
-    reads = [*input, tokenizer]
-    with published(out, overwrite=overwrite, marker="tokenize", inputs=reads) as partial, TerminalEvents() as events:
-        summary = tokenize_files(input, tokenizer, partial, format=format, chat_template=chat_template, events=events)
-    report(summary, as_json, out)
-
+app.command(cls=VariadicCommand)(tokenize)
 
 DatasetPlace = Annotated[
     Path, typer.Argument(help="Folder that mflow tokenize wrote, or the prefix of a Megatron-LM pair.")
