@@ -97,7 +97,8 @@ def select(dataset: Dataset, choice: Choice) -> Selection:
     truncated, overlong, untrained, held_out, tokens, occupied = arrays["counts"].tolist()
     stream = None
     if dataset.kind == "text":
-        stream = TextStream(*(arrays[name] for name in ("order", "ends", "sequences", "starts")), choice.seq_length)
+        order, ends, windows, starts = (arrays[name] for name in ("order", "ends", "sequences", "starts"))
+        stream = TextStream(order, ends, windows, starts, choice.seq_length)
         count = int(arrays["sequences"][-1])
         arrays |= {
             "documents": np.arange(count),

@@ -56,16 +56,13 @@ class SlowTokenizer:
     """Sentencepiece with added tokens. ``legacy`` puts a blank before the text after each special token, too."""
 
     def __init__(
-        self, content: bytes, added: dict[str, Added], unk_token: str, *, legacy: bool, blank_first: bool = True
+        self, model: Any, added: dict[str, Added], unk_token: str, *, legacy: bool, blank_first: bool = True
     ) -> None:
         import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2
 
         if not legacy:
-            model = sentencepiece_model_pb2.ModelProto.FromString(content)
             model.normalizer_spec.add_dummy_prefix = False
-            content = model.SerializeToString()
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         self.added, self.legacy, self.unk_token = added, legacy, unk_token
         self._first = BLANK if blank_first else ""
         self._unk_pieces = len(self.pieces.encode(unk_token))
@@ -85,12 +82,12 @@ class SlowTokenizer:
                 f"{folder} has no tokenizer.model, which the slow tokenizer needs; leave --slow-tokenizer out, or "
                 "download tokenizer.model of this model"
             )
-        content = require_sentencepiece(folder / SENTENCEPIECE)
+        model = require_sentencepiece(folder / SENTENCEPIECE)
         config = read_tokenizer_config(folder)
         special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **special_tokens(folder)}
         legacy, blank_first = (config.get(name) is not False for name in ("legacy", "add_prefix_space"))
-        added = _added(content, folder, config, special)
-        return cls(content, added, special["unk_token"], legacy=legacy, blank_first=blank_first)
+        added = _added([piece.piece for piece in model.pieces], folder, config, special)
+        return cls(model, added, special["unk_token"], legacy=legacy, blank_first=blank_first)
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = False) -> list[SlowEncoding]:
         """Ids of each text; it never adds special tokens."""
@@ -159,11 +156,9 @@ class SlowTokenizer:
         return ids, [(max(0, first - shift), last - shift) for first, last in places[skipped:]]
 
 
-def _added(content: bytes, folder: Path, config: dict[str, Any], special: dict[str, str]) -> dict[str, Added]:
+def _added(pieces: list[str], folder: Path, config: dict[str, Any], special: dict[str, str]) -> dict[str, Added]:
     """Added tokens: those with a number in the tokenizer's files, then special ones the model lacks, at its end."""
-    import sentencepiece
-
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
+    numbers = {piece: number for number, piece in enumerate(pieces)}
     added: dict[str, Added] = {}
     path = folder / "added_tokens.json"
     if path.is_file():
@@ -174,14 +169,10 @@ def _added(content: bytes, folder: Path, config: dict[str, Any], special: dict[s
     for number, token in (config.get("added_tokens_decoder") or {}).items():
         flags = {name: bool(token.get(name)) for name in ("lstrip", "rstrip", "special")}
         added[token["content"]] = Added(int(number), **flags)
-    size = pieces.get_piece_size()
-    following = max([size, *(token.id + 1 for token in added.values())])
+    following = max([len(pieces), *(token.id + 1 for token in added.values())])
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     for text in [*special.values(), *(t.get("content") if isinstance(t, dict) else t for t in more)]:
-        if text in added:
-            continue
-        number = pieces.piece_to_id(text)
-        known = number < size and pieces.id_to_piece(number) == text
-        added[text] = Added(number if known else following)
-        following += not known
+        if text not in added:
+            added[text] = Added(numbers.get(text, following))
+            following += text not in numbers
     return added

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -127,8 +127,8 @@ def _convert(folder: Path, out: Path) -> None:
     backend.save(str(out))
 
 
-def require_sentencepiece(path: Path) -> bytes:
-    """The bytes of a sentencepiece model.
+def require_sentencepiece(path: Path) -> Any:
+    """The ``ModelProto`` in a sentencepiece model.
 
     Raises:
         SourceError: the file is missing, or is no such model.
@@ -138,11 +138,12 @@ def require_sentencepiece(path: Path) -> bytes:
 
     try:
         content = path.read_bytes()
-        pieces = len(sentencepiece_model_pb2.ModelProto.FromString(content).pieces)
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        model = sentencepiece_model_pb2.ModelProto.FromString(content)  # pyright: ignore[reportAttributeAccessIssue]
     except DecodeError:
-        pieces = 0
-    if not pieces:
+        model = None
+    if model is None or not model.pieces:
         raise SourceError(f"{path} is not a sentencepiece model; download the model again")
-    return content
+    return model

@@ -176,7 +176,9 @@ class Plan:
     def sequences(self, step: int) -> np.ndarray:
         """(global_batch_size,) numbers of the sequences of optimizer step ``step``, counted from 0."""
         first, size = self.selection.sequences, self.global_batch_size
-        which, within = sample_order(np.diff(first), self.selection.weights, size, self.seed, start=step * size)
+        which, within = sample_order(
+            np.diff(first).tolist(), self.selection.weights, size, self.seed, start=step * size
+        )
         return first[which] + within
 
     def samples(self, sequence: int) -> np.ndarray:
