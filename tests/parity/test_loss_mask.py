@@ -140,10 +140,41 @@ def test_a_dataset_made_from_real_data_equals_transformers(tmp_path, name, forma
     folder, path = write_chat_tokenizer(tmp_path / "model", "nfc"), REAL_DATA / name
     assert detect_format(islice(read_rows(path), 100), path)[0] == format
     tokenize([path], folder, tmp_path / "out", format="auto", chat_template=template, events=Events())
-    rows = list(islice(read_rows(path, FIELDS), 200))
+    rows = list(islice(read_rows(path, FIELDS), 60))
     conversations = [parse_row(row, format, path, number) for number, row in rows]
     ids, masks = theirs(folder, find_template(template, folder).text, conversations)
     tokens, loss_mask = Idxmap(tmp_path / "out/tokens"), Idxmap(tmp_path / "out/loss_mask")
     assert len(tokens) == len(json.loads(path.read_text()))
     assert [tokens[i].tolist() for i in range(len(ids))] == ids
     assert [loss_mask[i].tolist() for i in range(len(ids))] == masks
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", ["dpo_en_demo.json", "autoalign_dummy_dpo.json"])
+def test_preferences_made_from_real_data_equal_transformers_and_train_the_answer_alone(tmp_path, name):
+    folder, path = write_chat_tokenizer(tmp_path / "model"), REAL_DATA / name
+    tokenize([path], folder, tmp_path / "out", chat_template="chatml", events=Events())
+    text = find_template("chatml", folder).text
+    rows = list(islice(read_rows(path), 30))
+    pairs = [parse_row(row, "preference", path, number).conversations() for number, row in rows]
+    for side, conversations in zip(("chosen", "rejected"), zip(*pairs, strict=True), strict=True):
+        ids, masks = theirs(folder, text, list(conversations))
+        prompts = [Conversation(c.messages[: c.trained_from]) for c in conversations]
+        answers_start = [len(prompt) for prompt in theirs(folder, text, prompts)[0]]
+        tokens, loss_mask = (Idxmap(tmp_path / f"out/{side}_{kind}") for kind in ("tokens", "loss_mask"))
+        assert len(tokens) == len(json.loads(path.read_text()))
+        assert [tokens[i].tolist() for i in range(len(ids))] == ids
+        expected = [[0] * at + mask[at:] for at, mask in zip(answers_start, masks, strict=True)]
+        assert [loss_mask[i].tolist() for i in range(len(ids))] == expected
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", ["c4_demo.jsonl", "wiki_demo.txt"])
+def test_text_made_from_real_data_equals_the_tokenizer(tmp_path, name):
+    folder, path = write_chat_tokenizer(tmp_path / "model"), REAL_DATA / name
+    tokenize([path], folder, tmp_path / "out", events=Events())
+    tokens, rows = Idxmap(tmp_path / "out/tokens"), [row["text"] for _, row in read_rows(path)]
+    assert len(tokens) == len(rows)
+    tokenizer = load_tokenizer(folder)
+    for index, text in enumerate(rows[:20]):
+        assert tokens[index].tolist() == tokenizer.encode(text, add_special_tokens=False).ids

@@ -151,10 +151,10 @@ TWO_TURNS = chat("Hi", "Hello", "Bye", " See you \n")
         ),
         (
             "modellink-alpaca",
-            "\nBelow is an instruction that describes a task, paired with an input that provides further context. Write "
-            "a response that appropriately completes the request. Please note that you need to think through your "
-            "response logically and step by step.\n### Instruction:\nHi\n### Response:\nHello\n</s>### Instruction:\nBye\n"
-            "### Response:\n See you \n\n</s>",
+            "\nBelow is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request. Please note that you need to think through "
+            "your response logically and step by step.\n### Instruction:\nHi\n### Response:\nHello\n</s>"
+            "### Instruction:\nBye\n### Response:\n See you \n\n</s>",
             ["Hello\n</s>", " See you \n\n</s>"],
         ),
         (
