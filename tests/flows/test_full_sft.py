@@ -33,6 +33,11 @@ def test_the_first_run_builds_every_stage_and_says_where(server: Site, built: di
         folder_of(built, "convert-checkpoint") / "latest_checkpointed_iteration.txt"
     ).read_text().strip() == "release"
     assert (folder_of(built, "export-checkpoint") / "config.json").is_file()
+    certificates = [
+        folder_of(built, stage) / "certificate.json" for stage in ("convert-checkpoint", "export-checkpoint")
+    ]
+    assert [json.loads(path.read_text())["level"] for path in certificates] == ["digest", "digest"]
+    assert "bit for bit" in Path(built["report"]).read_text(encoding="utf-8")
 
 
 def test_the_second_run_is_cached_here_and_in_the_ui(server: Site, built: dict[str, Any]) -> None:
@@ -95,6 +100,16 @@ def test_a_new_learning_rate_rebuilds_from_training_on_and_explain_said_so(serve
     assert code == 0, errors
     downstream = {"train-model", "export-checkpoint", "evaluate-tuned", "write-report"}
     assert states(said) == {stage: "built" if stage in downstream else "cached" for stage in STAGES}
+
+
+def test_another_level_of_verification_trains_and_scores_nothing_again(server: Site, built: dict[str, Any]) -> None:
+    explained = server.command("mflow", "explain", "full-sft", str(server.recipe()), "--set", "model.verify=none")
+    assert explained.returncode == 0, explained.stderr
+    lines = dict(line.split("  ", 1) for line in explained.stdout.splitlines() if "  " in line)
+    for stage in ("convert-checkpoint", "export-checkpoint"):
+        assert lines[stage].strip() == 'will build, because model.verify changed "digest" → "none"'
+    for stage in ("train-model", "evaluate-tuned", "evaluate-base"):
+        assert lines[stage].strip() == "cached"
 
 
 def test_the_ui_has_progress_scores_curve_and_report(server: Site, built: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
     write_jsonl(place / "chat.jsonl", [{"messages": turns}] * 6)
     for name in ("checkpoint", "dataset", "training", "export", "base", "tuned"):
         (place / name).mkdir()
-    convert(model, place / "checkpoint", dtype=None, events=Events())
+    convert(model, place / "checkpoint", dtype=None, verify="digest", events=Events())
     files = [place / "chat.jsonl"]
     tokenize(files, model, place / "dataset", format="auto", chat_template=None, events=Events())
     manifest = json.loads((place / "checkpoint" / "manifest.json").read_text())
@@ -132,6 +132,14 @@ def test_the_trained_tokens_of_a_sample_are_marked_and_only_they(inputs):
     marked = re.findall(r"<mark>(.*?)</mark>", render(inputs, CONFIG))
     assert marked.count("Yes &amp; yes&lt;|im_end|&gt;") == 4
     assert set(marked) == {"marked", "Yes &amp; yes&lt;|im_end|&gt;"}
+
+
+def test_what_was_verified_is_said_and_what_was_not_too(inputs, folders):
+    shown = Page(render(inputs, CONFIG)).text
+    certificate = json.loads((folders / "checkpoint" / "certificate.json").read_text())
+    assert f"{certificate['tensors']} of Hugging Face" in shown
+    assert f"{certificate['bytes']:,}, bit for bit in fp32" in shown
+    assert "Export level none: it was not compared" in shown
 
 
 def test_the_same_run_gives_the_same_bytes(inputs):
