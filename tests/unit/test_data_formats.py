@@ -107,6 +107,12 @@ def test_lists_may_be_the_json_text_of_lists_as_in_csv():
     assert messages_of(row, "alpaca") == [("user", "a"), ("assistant", "b"), ("user", "q"), ("assistant", "o")]
 
 
+def test_reasoning_gets_the_names_that_templates_read():
+    answer = {"role": "assistant", "content": "4", "reasoning": "2 + 2"}
+    (message,) = parse_row({"messages": [answer]}, "messages", FILE, 1).messages
+    assert message == answer | {"thinking": "2 + 2", "reasoning_content": "2 + 2"}
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion"),
     [

@@ -13,6 +13,7 @@ SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
     "function_call": "tool_calls", "observation": "tool", "tool": "tool",
 }  # fmt: skip
+REASONING = ("reasoning_content", "thinking", "reasoning")
 OPENAI_ROLES = ("system", "developer", "user", "assistant", "tool")
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
 
@@ -77,7 +78,10 @@ def sharegpt_message(turn: Any, place: str) -> Message:
 
 
 def openai_message(message: Any, place: str) -> Message:
-    """A turn of ``role`` and ``content``; keys without a value are left out, others are kept for the template."""
+    """A turn of ``role`` and ``content``; keys without a value are left out, others are kept for the template.
+
+    Reasoning gets the names that templates read, as transformers gives them.
+    """
     if not isinstance(message, dict):
         raise RowError(place, f"is {kind_in_words(message)}, not an object with role and content")
     role = message.get("role")
@@ -87,6 +91,8 @@ def openai_message(message: Any, place: str) -> Message:
     if calls := kept.pop("tool_calls", None):
         kept["tool_calls"] = _openai_calls(calls, f"{place}.tool_calls")
     kept["content"] = _content(message, place, optional=bool(calls))
+    if len(kept) > 2 and (reasoning := next((kept[name] for name in REASONING if name in kept), None)) is not None:
+        kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
     return kept
 
 
