@@ -26,6 +26,7 @@ from megatron_ext.errors import (
     WeightMappingError,
 )
 from megatron_ext.events import Events, Follower
+from megatron_ext.training.loop import prepare
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 from megatron_ext.weights.manifest import MANIFEST, read_manifest
@@ -34,6 +35,7 @@ from megatron_ext.weights.megatron_writer import RankLayout
 from megatron_ext.weights.relayout import relayout
 from megatron_ext.weights.torch_dist import TorchDistReader
 from megatron_ext.weights.verify import verify
+from megatron_ext.worker import Job
 
 MODELS = {
     "llama": {"vocab_size": 509, "attention_bias": True, "mlp_bias": True},
@@ -242,6 +244,15 @@ def test_a_foreign_checkpoint_is_imported_for_training_and_exports_again(models,
     assert ours.shapes == theirs.shapes
     assert [key for key in ours.shapes if not torch.equal(*(whole(r, key) for r in (ours, theirs)))] == []
     assert_source(exported(tmp_path / "imported", model, tmp_path / "back"), model)
+
+
+@pytest.mark.parametrize("write", [ranks, foreign])
+def test_training_refuses_files_of_ranks_and_says_how_to_import_them(write, models, tmp_path):
+    checkpoint = write(models("qwen2"), tmp_path / "ranks")
+    config = {"seq_length": 64, "global_batch_size": 1, "train_iters": 1, "lr": 1.0}
+    inputs = {"checkpoint": str(checkpoint), "dataset": str(tmp_path)}
+    with pytest.raises(CheckpointError, match=f"mflow convert --model HF_DIR --checkpoint {checkpoint} --out DIR"):
+        prepare(Job(job="train", config=config, inputs=inputs, out=tmp_path / "out"))
 
 
 def whole(reader: TorchDistReader, key: str) -> torch.Tensor:
