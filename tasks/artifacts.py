@@ -64,6 +64,8 @@ class Sources(Artifact):
     model_digest: str
     tokenizer_digest: str
     data_digests: tuple[str, ...] = ()
+    data_blend: tuple[tuple[float, str], ...] = ()
+    """Of each data file its weight, and which entry of the recipe named it."""
     tasks_digest: str | None = None
 
     @property
@@ -83,7 +85,7 @@ class Sources(Artifact):
 
         def files() -> list[str]:
             folders = sorted((self.folder / "data").iterdir(), key=lambda p: int(p.name))
-            return [str(file) for folder in folders for file in folder.iterdir()]
+            return [_place_or_url(file) for folder in folders for file in folder.iterdir()]
 
         return self._part(list(self.data_digests), "data", files, "data.files")
 
@@ -96,6 +98,12 @@ class Sources(Artifact):
 
     def _part(self, identity: Any, part: str, locate: Callable[[], Any], name: str) -> Input:
         return Input(identity, locate, name, lambda: Store.current().link_faults(self.kind, self.fingerprint, part))
+
+
+def _place_or_url(file: Path) -> str:
+    """A link's own path; of a file on a server its URL, which the file with that suffix holds."""
+    is_url = file.suffix == ".url" and not file.is_symlink()
+    return file.read_text(encoding="utf-8") if is_url else str(file)
 
 
 class Demo(Artifact):

@@ -51,6 +51,10 @@ def _pin(parts: dict[str, DemoName | Files], partial: Path) -> Made:
     for name, part in parts.items():
         files = _demo_files(part, name, make=True) if isinstance(part, DemoName) else part
         assert files is not None
+        if files.url is not None:
+            (place,) = (partial / name / file for file in files.digests)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(files.url, encoding="utf-8")
         for file, place in files.places.items():
             path = partial / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +89,14 @@ def _digests(parts: dict[str, DemoName | Files]) -> dict[str, object]:
         "model_digest": content_digest(digested("model")),
         "tokenizer_digest": tokenizer_digest(digested("model")),
         "data_digests": tuple(digest for files in data for digest in files.values()),
+        "data_blend": tuple(_blended(parts[name]) for name in parts if name.startswith("data/")),
         "tasks_digest": content_digest(digested("tasks")) if "tasks" in parts else None,
     }
+
+
+def _blended(part: DemoName | Files) -> tuple[float, str]:
+    """Weight of a data file, and which entry of the recipe named it."""
+    return (part.weight, part.given) if isinstance(part, Files) else (1.0, part.url)
 
 
 def _demo_files(demo: DemoName, part: str, *, make: bool = False) -> Files | None:

@@ -10,14 +10,16 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from urllib.parse import parse_qs, urlsplit
 
 import xxhash
 
 import megatron_ext.demo
 from megatron_ext.config import DataConfig, EvalConfig, ModelConfig
+from megatron_ext.data.source_facts import remote_digest
+from megatron_ext.data.sources import Source, expand
 from megatron_ext.errors import ConfigError, SourceError, unknown
 from megatron_ext.families import find_family
 from megatron_ext.families.hf_config import read_architecture
@@ -27,6 +29,8 @@ from tasks.digests import SourceDigests
 from tasks.store import Store
 
 DEMO = "demo://"
+URL_SUFFIX = ".url"
+"""Behind the name of a data file that lies on a server; the file in the artifact holds its URL."""
 MODEL_SUFFIXES = (".json", ".model", ".jinja", ".txt", ".tiktoken")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -52,11 +56,18 @@ class DemoName:
 
 @dataclass(frozen=True)
 class Files:
-    """Files of the user's: name inside the artifact -> where it lies, and its digest."""
+    """Files of the user's: name inside the artifact -> where it lies, and its digest.
+
+    ``url`` is set where the only file lies on a server; then it has no place here. ``weight`` and ``given`` say how
+    data files are blended: what stands before the path in the recipe, and which of its entries named the file.
+    """
 
     places: Mapping[str, Path]
     digests: Mapping[str, str]
     origin: str
+    url: str | None = None
+    weight: float = 1.0
+    given: str = ""
 
 
 def demo_name(text: str) -> DemoName | None:
@@ -102,23 +113,39 @@ def model_source(model: ModelConfig, digests: SourceDigests, *, download: bool =
 
 
 def data_source(data: DataConfig, digests: SourceDigests) -> list[DemoName | Files]:
-    """One entry for each of ``data.files``, in the recipe's order.
+    """One entry for each file that ``data.files`` means, in order: globs and folders sorted by path.
 
     Raises:
-        SourceError: a file is missing, or is a folder.
+        SourceError: a file is missing or of no supported kind, nothing matches, or a server does not say what
+            identifies its file.
     """
     found: list[DemoName | Files] = []
-    for text in data.files:
-        path = Path(text).expanduser()
+    for number, text in enumerate(data.files):
         if demo := demo_name(text):
             found.append(demo)
-        elif path.is_file():
-            found.append(_files({path.name: path}, str(path.absolute()), digests))
-        elif path.exists():
-            raise SourceError(f"data.files: {text} is a folder; name the files in it")
-        else:
-            raise SourceError(f"data.files: {text} does not exist (looked at {path.absolute()}); check the path")
+            continue
+        try:
+            sources = expand([os.path.expanduser(text)])
+        except SourceError as error:
+            raise SourceError(f"data.files: {error}") from None
+        found += [_data_file(source, number, digests) for source in sources]
+    _require_distinct(found)
     return found
+
+
+def _data_file(source: Source, number: int, digests: SourceDigests) -> Files:
+    given = f"{number + 1}: {PurePath(source.input).name}"
+    if source.is_url:
+        known = {f"{source.name}{URL_SUFFIX}": remote_digest(source)}
+        return Files({}, known, source.path, source.path, source.weight, given)
+    path = Path(source.path)
+    return replace(_files({path.name: path}, str(path.absolute()), digests), weight=source.weight, given=given)
+
+
+def _require_distinct(found: list[DemoName | Files]) -> None:
+    origins = [part.origin for part in found if isinstance(part, Files)]
+    if twice := next((origin for origin in origins if origins.count(origin) > 1), None):
+        raise SourceError(f"data.files: {twice} is named twice; name it once, with a weight if it should count more")
 
 
 def tasks_source(evaluate: EvalConfig, digests: SourceDigests) -> DemoName | Files | None:

@@ -1,17 +1,17 @@
-"""Stage tokenize-dataset: conversations become token ids and loss masks."""
+"""Stage tokenize-dataset: text, conversations or preferences become token ids and loss masks."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ext.config import DataConfig, RuntimeConfig
+from megatron_ext.config import DataConfig, RuntimeConfig, TokenizeOptions
 from tasks.artifacts import IdxmapDataset, Sources
 from tasks.build import Build
 from tasks.stage import stage
 from tasks.templates import template_argument, template_identity
 
 
-@stage("tokenize-dataset", version=1, makes=IdxmapDataset)
+@stage("tokenize-dataset", version=2, makes=IdxmapDataset)
 def tokenize_dataset(data: DataConfig, sources: Sources, *, runtime: RuntimeConfig) -> Build:
     """Tokenize ``data.files`` with the model's tokenizer, loss masks included. The weights do not matter here.
 
@@ -20,11 +20,24 @@ def tokenize_dataset(data: DataConfig, sources: Sources, *, runtime: RuntimeConf
         ChatTemplateError: no template of that name.
         WorkerFailedError: the subprocess died; ends with the last lines of its log.
     """
+    options = {name: getattr(data, name) for name in TokenizeOptions.model_fields}
     template = template_identity(data.chat_template, Path(sources.model.locate()))
     return Build(
         job="tokenize",
-        identity={"data": {"format": data.format, "chat_template": template}},
-        config={"format": data.format, "chat_template": template_argument(data.chat_template)},
+        identity={"data": {**options, "chat_template": template}, "blend": _blend(sources)},
+        config={
+            **options,
+            "chat_template": template_argument(data.chat_template),
+            "sources": [list(given) for given in sources.data_blend],
+        },
         inputs={"files": sources.data, "tokenizer": sources.tokenizer},
         runtime=runtime,
     )
+
+
+def _blend(sources: Sources) -> list[list[float | int]]:
+    """Weight of each file and number of the entry that named it, where any file has a weight; names do not matter."""
+    if all(weight == 1.0 for weight, _ in sources.data_blend):
+        return []
+    entries = list(dict.fromkeys(given for _, given in sources.data_blend))
+    return [[weight, entries.index(given)] for weight, given in sources.data_blend]

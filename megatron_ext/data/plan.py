@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ from megatron_ext.data.formats import AUTO, SNIFFED_ROWS, detect_format, require
 from megatron_ext.data.idxmap import token_dtype
 from megatron_ext.data.manifest import Kind
 from megatron_ext.data.rendering import ChatTemplate
+from megatron_ext.data.source_facts import file_state
 from megatron_ext.data.sources import Source, expand, read_rows
 from megatron_ext.data.tokenizers import load_tokenizer, require_vocabulary, tokenizer_file
 from megatron_ext.errors import ConfigError, DatasetFormatError, VocabularyError
@@ -144,14 +144,6 @@ def text_size(sources: Sequence[Source]) -> int | None:
         packed = source.compression is not None or source.kind in (".parquet", ".arrow")
         total += size * (PACKED if packed else 1)
     return total
-
-
-def file_state(source: Source) -> list[int] | None:
-    """Size, time of change and inode of a file; None for a URL."""
-    if source.is_url:
-        return None
-    stat = os.stat(source.path)
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def _format_of(source: Source, options: TokenizeOptions) -> tuple[str, str]:

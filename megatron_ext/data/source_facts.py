@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -9,7 +10,6 @@ from typing import Any
 
 import xxhash
 
-from megatron_ext.data.plan import file_state
 from megatron_ext.data.sources import Source
 from megatron_ext.data.sources.places import open_filesystem
 from megatron_ext.errors import MegatronFlowsError, SourceError
@@ -87,6 +87,14 @@ class SourceFacts:
         elif source.kind == ".parquet" and source.compression is None:
             self._rows[number] = _parquet_rows(source)
         return hasher.hexdigest()
+
+
+def file_state(source: Source) -> list[int] | None:
+    """Size, time of change and inode of a file; None for a URL."""
+    if source.is_url:
+        return None
+    stat = os.stat(source.path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def remote_digest(source: Source) -> str:

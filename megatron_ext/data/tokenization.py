@@ -34,11 +34,11 @@ from megatron_ext.data.manifest import (
 from megatron_ext.data.pipeline import available_cores
 from megatron_ext.data.plan import SMALL_BYTES, Plan, make_plan
 from megatron_ext.data.rendering import ChatTemplate
-from megatron_ext.data.shards import Shards, left_engine
+from megatron_ext.data.shards import Shards, clear, left_engine
 from megatron_ext.data.source_facts import SourceFacts
 from megatron_ext.data.sources import Source
 from megatron_ext.data.tokenizers import tokenizer_file
-from megatron_ext.errors import DatasetFormatError
+from megatron_ext.errors import DatasetFormatError, UserError
 from megatron_ext.events import Events
 from megatron_ext.folders import full_disk_named
 from megatron_ext.worker import Job
@@ -147,6 +147,9 @@ def _build(plan: Plan, out: Path, workers: int, events: Events) -> DatasetManife
                 why = f"gigatoken is not exact here: {error}"
                 events.note(f"{why}; tokenizers does the work, which takes longer")
                 return _attempt(plan, out, TOKENIZERS, why, proof, facts, workers, events)
+        except UserError:
+            clear(out)  # the shards of input that is at fault are of no use
+            raise
         finally:
             facts.stop()
 

@@ -75,6 +75,59 @@ def test_the_order_of_data_files_is_part_of_the_data(place: Path) -> None:
     assert "tokenize-dataset" in changed(one, two)
 
 
+def test_a_folder_a_glob_and_the_files_themselves_are_the_same_data(place: Path) -> None:
+    (place / "rows").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(place / f"{name}.jsonl", place / "rows")
+    named = fingerprints(**{"data.files": ["a.jsonl", "b.jsonl"]})
+    for given in (["rows"], ["rows/*.jsonl"]):
+        assert fingerprints(**{"data.files": given})["tokenize-dataset"] == named["tokenize-dataset"]
+    (place / "rows" / "c.jsonl").write_text("{}  \n")
+    assert fingerprints(**{"data.files": ["rows"]})["tokenize-dataset"] != named["tokenize-dataset"]
+
+
+def test_weights_of_a_blend_are_part_of_the_data_but_not_the_names_of_the_files(place: Path) -> None:
+    plain, even, uneven = (
+        fingerprints(**{"data.files": files})["tokenize-dataset"]
+        for files in (["a.jsonl", "b.jsonl"], ["2:a.jsonl", "2:b.jsonl"], ["2:a.jsonl", "b.jsonl"])
+    )
+    assert len({plain, even, uneven}) == 3
+    (place / "elsewhere").mkdir()
+    for name in ("a", "b"):
+        shutil.copy(place / f"{name}.jsonl", place / "elsewhere")
+    assert fingerprints(**{"data.files": ["2:elsewhere/a.jsonl", "elsewhere/b.jsonl"]})["tokenize-dataset"] == uneven
+
+
+def test_a_url_is_known_by_what_its_server_says(place: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/rows/train.jsonl", b"{}\n")
+    before = fingerprints(**{"data.files": ["memory://rows/train.jsonl"]})
+    assert changed(before, fingerprints(**{"data.files": ["memory://rows/train.jsonl"]})) == set()
+    memory.pipe("/rows/train.jsonl", b"{} \n")
+    after = fingerprints(**{"data.files": ["memory://rows/train.jsonl"]})
+    assert changed(before, after) == DOWNSTREAM | {"pin-sources", "tokenize-dataset"}
+    memory.rm("/rows", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        ("data.append_eod", True),
+        ("data.max_length", 99),
+        ("data.columns", {"text": "body"}),
+        ("data.on_bad_row", "skip"),
+    ],
+)
+def test_a_knob_of_the_data_tokenizes_again(place: Path, knob: str, value: Any) -> None:
+    assert "tokenize-dataset" in changed(fingerprints(), fingerprints(**{knob: value}))
+
+
+def test_the_number_of_workers_does_not_tokenize_again(place: Path) -> None:
+    assert changed(fingerprints(), fingerprints(**{"runtime.workers": 7})) == set()
+
+
 def test_other_weights_do_not_tokenize_again(place: Path) -> None:
     before = fingerprints()
     (place / "model" / "model.safetensors").write_bytes(b"other weights")
@@ -124,7 +177,7 @@ def test_without_a_baseline_the_base_is_not_scored(place: Path) -> None:
     [
         ({"model.path": "nowhere"}, SourceError, "nowhere"),
         ({"data.files": ["nothing.jsonl"]}, SourceError, "nothing.jsonl"),
-        ({"data.files": ["tasks"]}, SourceError, "is a folder"),
+        ({"data.files": ["tasks"]}, SourceError, "data.files: folder tasks holds no data files"),
         ({"evaluate.include_path": "no_tasks"}, SourceError, "no_tasks"),
         ({"evaluate.tasks": ["no_such_task"]}, UserError, "no_such_task"),
         ({"data.chat_template": "qwen25"}, UserError, "did you mean"),
