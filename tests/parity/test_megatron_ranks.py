@@ -26,7 +26,12 @@ LAYOUTS = {
         ("mixtral", Sizes(ep=2)),
         ("qwen3_moe", Sizes(tp=2)),
     ),
-    4: (("qwen2 tied", Sizes(2, 2, 1)), ("mixtral", Sizes(2, 1, 2)), ("qwen3_moe", Sizes(1, 2, 2))),
+    4: (
+        ("qwen2 tied", Sizes(2, 2, 1)),
+        ("mixtral", Sizes(2, 1, 2)),
+        ("qwen3_moe", Sizes(1, 2, 2)),
+        ("qwen2_moe", Sizes(2, 1, 2)),
+    ),
 }
 """Number of processes -> models and layouts that megatron-core runs."""
 MODELS = {
@@ -35,6 +40,7 @@ MODELS = {
     "qwen2 tied": {"tie_word_embeddings": True},
     "mixtral": {},
     "qwen3_moe": {},
+    "qwen2_moe": {},
 }
 CASES = [
     pytest.param(
