@@ -46,9 +46,7 @@ class UpcycleConfig(Section):
         if self.topk > self.num_experts:
             raise ValueError(f"topk {self.topk} is more than num_experts {self.num_experts}")
         if self.topk == 1:
-            raise ValueError(
-                "topk 1 is not supported: the one expert's weight would always be 1, and the router not learn"
-            )
+            raise ValueError("topk 1 is not supported: one expert always has weight 1, so the router could not learn")
         return self
 
 

@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-VALUES = 1 << 20
+VALUES = 1 << 18
 """Values that are drawn at once, rounded down to whole rows."""
 
 

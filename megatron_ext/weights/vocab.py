@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SEED = 1234
 """Of rows that start as ``normal``; each tensor has a stream of its own."""
-READ_BYTES = 64 << 20
+READ_BYTES = 4 << 20
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisible_by: int = 1) -> int:
