@@ -22,6 +22,7 @@ def apply(platform: str) -> None:
         _route_without_transformer_engine()
         if platform == "cpu":
             _dispatch_on_cpu()
+            _exchange_uneven_parts_on_cpu()
 
 
 def _random_state_on_cpu() -> None:
@@ -122,6 +123,36 @@ def _dispatch_on_cpu() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def _exchange_uneven_parts_on_cpu() -> None:
+    """Not a bug, a limit of gloo: it gathers and scatters equal parts only, but tensor-parallel ranks that share the
+    experts out hold parts of different lengths.
+    """
+    import torch
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_parts(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        parts = [input_.new_empty(size, *input_.shape[1:]) for size in output_split_sizes]
+        parts[group.rank()] = input_.contiguous()
+        for rank, part in enumerate(parts):
+            dist.broadcast(part, group=group, group_src=rank)
+        return torch.cat(parts)
+
+    def scatter_sums(input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, use_global_buffer)
+        parts = [part.clone() for part in input_.split(input_split_sizes)]
+        for rank, part in enumerate(parts):
+            dist.reduce(part, group=group, group_dst=rank)
+        return parts[group.rank()]
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_parts, scatter_sums
 
 
 def torch_adamw(optimizer: Any) -> list[Any]:

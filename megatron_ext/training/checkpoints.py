@@ -39,6 +39,7 @@ class TrainingState:
         return {
             "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
             "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
             "use_distributed_optimizer": isinstance(_first(self.optimizer), DistributedOptimizer),
             "world_size": dist.get_world_size(),
         }
@@ -121,7 +122,7 @@ def final_weights(state: TrainingState, base: Path) -> dict[str, Any]:
 
 
 def _check_resumable(folder: Path, common: dict[str, Any], layout: dict[str, Any]) -> None:
-    fixed = ["use_distributed_optimizer"]
+    fixed = ["use_distributed_optimizer", "expert_model_parallel_size"]  # experts have an optimizer of their own
     if common["optimizer_format"] == "dp_reshardable":
         fixed += ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
     for name in fixed:

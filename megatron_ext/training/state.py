@@ -53,6 +53,7 @@ def open_run(out: Path, digest: str, runtime: RuntimeConfig) -> RunState:
         "world_size": runtime.nproc_per_node,
         "tensor_model_parallel_size": runtime.tensor_model_parallel_size,
         "pipeline_model_parallel_size": runtime.pipeline_model_parallel_size,
+        "expert_model_parallel_size": runtime.expert_model_parallel_size,
     }
     if path.exists():
         found = RunState.model_validate_json(path.read_bytes())
