@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from megatron_ext.data import chat_work, text_work
@@ -23,20 +25,36 @@ from megatron_ext.data.text_work import Done
 from megatron_ext.errors import WorkerFailedError
 from megatron_ext.events import Events
 
+
+@dataclass(frozen=True)
+class Start:
+    """What is decided before the first row, and stays when a killed build goes on.
+
+    Attributes:
+        engine: what encodes.
+        why: why it is not the fast one.
+        moment: what templates take for now, in ISO's form.
+    """
+
+    engine: str
+    why: str
+    moment: str
+
+
 PROGRESS_SECONDS = 0.5
 READ_AHEAD = 2
 """Blocks beyond one for each worker that wait, encoded or to be encoded."""
 
 
 def build(
-    plan: Plan, shards: Shards, engine: str, proof: Future[Proof], facts: SourceFacts, workers: int, events: Events
+    plan: Plan, shards: Shards, start: Start, proof: Future[Proof], facts: SourceFacts, workers: int, events: Events
 ) -> None:
     """Make the shards that are missing.
 
     Args:
         plan: what to do.
         shards: opened; says where to go on.
-        engine: what encodes.
+        start: what encodes, and the moment that templates may write.
         proof: outcome of the stress set; awaited before the first shard is finished.
         facts: for the number of rows.
         workers: threads (text) or processes (conversations).
@@ -45,12 +63,12 @@ def build(
         EngineDiffersError: the engine is not exact on this tokenizer or data.
         UserError: as ``tokenize``.
     """
-    progress = Progress(events, facts, shards)
+    progress, engine = Progress(events, facts, shards), start.engine
     if plan.kind == "text":
         every, blocks, submitting = text_work.SHARD_BLOCKS, _text_blocks(plan, shards), _threads(plan, engine, workers)
     else:
         every, blocks = chat_work.SHARD_BLOCKS, _chat_blocks(plan, shards)
-        submitting = _processes(plan, engine, workers)
+        submitting = _processes(plan, start, workers)
     held = 0
     with submitting as submit, ordered(blocks, submit, workers + READ_AHEAD) as results:
         for done in results:
@@ -132,10 +150,16 @@ def _threads(plan: Plan, name: str, workers: int) -> Iterator[Submit]:
 
 
 @contextmanager
-def _processes(plan: Plan, engine: str, workers: int) -> Iterator[Submit]:
+def _processes(plan: Plan, start: Start, workers: int) -> Iterator[Submit]:
     assert plan.template is not None
     spec = chat_work.ChatSpec(
-        plan.folder, plan.template, special_tokens(plan.folder), plan.options, plan.finish, engine
+        plan.folder,
+        plan.template,
+        special_tokens(plan.folder),
+        plan.options,
+        plan.finish,
+        start.engine,
+        datetime.fromisoformat(start.moment),
     )
     if workers == 1 or (plan.text_size is not None and plan.text_size <= SMALL_BYTES):
         worker = chat_work.ChatWorker(spec, ReferenceEngine(plan.tokenizer))

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ class ChatSpec:
     options: TokenizeOptions
     finish: Finish
     engine: str
+    now: datetime
+
+    def chat_template(self) -> ChatTemplate:
+        """The compiled template."""
+        return ChatTemplate(
+            self.template,
+            self.special_tokens,
+            last_turn_only=self.options.last_turn_only,
+            train_on_prompt=self.options.train_on_prompt,
+            now=self.now,
+        )
 
     def worker(self) -> ChatWorker:
         """A worker for this process."""

@@ -51,17 +51,17 @@ class Shards:
     Args:
         out: the folder; it may hold what a killed attempt left.
         identity: what decides the result; the leftovers of another identity are cleared.
-        engine: what encodes, and why not another; leftovers of another engine are cleared, too.
+        start: what was decided at the start and must stay (engine, moment); leftovers of another are cleared, too.
         kind: of the dataset.
         dtype: type of token ids on disk.
         vocabulary: number of ids; a larger id is an error.
     """
 
     def __init__(
-        self, out: Path, identity: str, engine: tuple[str, str], kind: str, dtype: np.dtype, vocabulary: int
+        self, out: Path, identity: str, start: dict[str, str], kind: str, dtype: np.dtype, vocabulary: int
     ) -> None:
         self.out, self.kind, self.dtype = out, kind, dtype
-        self._head = {"identity": identity, "engine": list(engine)}
+        self._head = {"identity": identity, "start": start}
         self.frequencies = np.zeros(vocabulary, dtype=np.int64)
         self.total = Counts()
         self.by_source: dict[int, Counts] = {}
@@ -222,13 +222,12 @@ class Shards:
         return True
 
 
-def left_engine(out: Path, identity: str) -> tuple[str, str] | None:
-    """The engine with which a killed attempt of this identity worked, and why it was not another."""
+def left_start(out: Path, identity: str) -> dict[str, str] | None:
+    """What a killed attempt of this identity decided at its start."""
     with suppress(OSError, ValueError), (out / JOURNAL).open("rb") as file:
         head = json.loads(file.readline())
         if head["identity"] == identity:
-            engine, why = head["engine"]
-            return engine, why
+            return head["start"]
     return None
 
 

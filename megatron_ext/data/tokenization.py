@@ -10,12 +10,14 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import TokenizeOptions, validated
 from megatron_ext.data import manifest as names
-from megatron_ext.data.building import build, require_exact
+from megatron_ext.data.building import Start, build, require_exact
 from megatron_ext.data.chat_templates import special_tokens
 from megatron_ext.data.counts import Counts
 from megatron_ext.data.engine_proof import ONE_IN, EngineDiffersError, Proof, prove
@@ -34,7 +36,7 @@ from megatron_ext.data.manifest import (
 from megatron_ext.data.pipeline import available_cores
 from megatron_ext.data.plan import SMALL_BYTES, Plan, make_plan
 from megatron_ext.data.rendering import ChatTemplate
-from megatron_ext.data.shards import Shards, clear, left_engine
+from megatron_ext.data.shards import Shards, clear, left_start
 from megatron_ext.data.source_facts import SourceFacts
 from megatron_ext.data.sources import Source
 from megatron_ext.data.tokenizers import tokenizer_file
@@ -134,19 +136,21 @@ def _tell(plan: Plan, events: Events) -> None:
 
 
 def _build(plan: Plan, out: Path, workers: int, events: Events) -> DatasetManifest:
-    engine, why = left_engine(out, plan.identity) or _engine(plan)
+    left = left_start(out, plan.identity)
+    start = Start(**left) if left else _start(plan)
     facts = SourceFacts(plan.sources)
     with ThreadPoolExecutor(1, thread_name_prefix="proof") as background:
         proof: Future[Proof] = Future()
-        if engine == GIGATOKEN:
+        if start.engine == GIGATOKEN:
             proof = background.submit(prove, plan.tokenizer)
         try:
             try:
-                return _attempt(plan, out, engine, why, proof, facts, workers, events)
+                return _attempt(plan, out, start, proof, facts, workers, events)
             except EngineDiffersError as error:
                 why = f"gigatoken is not exact here: {error}"
                 events.note(f"{why}; tokenizers does the work, which takes longer")
-                return _attempt(plan, out, TOKENIZERS, why, proof, facts, workers, events)
+                slow = replace(start, engine=TOKENIZERS, why=why)
+                return _attempt(plan, out, slow, proof, facts, workers, events)
         except UserError:
             clear(out)  # the shards of input that is at fault are of no use
             raise
@@ -154,34 +158,34 @@ def _build(plan: Plan, out: Path, workers: int, events: Events) -> DatasetManife
             facts.stop()
 
 
-def _engine(plan: Plan) -> tuple[str, str]:
+def _start(plan: Plan) -> Start:
     """Which engine is tried, and why it is not the fast one."""
+    moment = datetime.now().isoformat()
     if plan.options.slow_tokenizer:
-        return PYTHON, "slow_tokenizer was asked for"
+        return Start(PYTHON, "slow_tokenizer was asked for", moment)
     if plan.text_size is not None and plan.text_size <= SMALL_BYTES:
-        return TOKENIZERS, "there is too little data for another engine"
+        return Start(TOKENIZERS, "there is too little data for another engine", moment)
     if reason := refusal(plan.tokenizer.to_str()):  # type: ignore[union-attr]
-        return TOKENIZERS, f"gigatoken is not used: {reason}"
-    return GIGATOKEN, ""
+        return Start(TOKENIZERS, f"gigatoken is not used: {reason}", moment)
+    return Start(GIGATOKEN, "", moment)
 
 
 def _attempt(
     plan: Plan,
     out: Path,
-    engine: str,
-    why: str,
+    start: Start,
     proof: Future[Proof],
     facts: SourceFacts,
     workers: int,
     events: Events,
 ) -> DatasetManifest:
     (out / names.NAME).unlink(missing_ok=True)
-    with Shards(out, plan.identity, (engine, why), plan.kind, plan.dtype, plan.id_limit) as shards:
-        build(plan, shards, engine, proof, facts, workers, events)
-        require_exact(engine, proof)
+    with Shards(out, plan.identity, asdict(start), plan.kind, plan.dtype, plan.id_limit) as shards:
+        build(plan, shards, start, proof, facts, workers, events)
+        require_exact(start.engine, proof)
         facts.require_unchanged()
         _require_sensible(plan, shards.total)
-        record = _engine_record(engine, why, proof, shards.total)
+        record = _engine_record(start, proof, shards.total)
         manifest = _manifest(plan, shards, facts, record)
         shards.finish()
     shutil.copyfile(tokenizer_file(plan.folder), out / names.TOKENIZER)
@@ -189,13 +193,13 @@ def _attempt(
     return manifest
 
 
-def _engine_record(engine: str, why: str, proof: Future[Proof], total: Counts) -> EngineRecord:
-    version = engine_version(engine)
-    if engine != GIGATOKEN:
-        return EngineRecord(name=engine, version=version, why=why)
+def _engine_record(start: Start, proof: Future[Proof], total: Counts) -> EngineRecord:
+    version = engine_version(start.engine)
+    if start.engine != GIGATOKEN:
+        return EngineRecord(name=start.engine, version=version, why=start.why)
     texts = proof.result().texts
     return EngineRecord(
-        name=engine,
+        name=start.engine,
         version=version,
         why=f"the same ids as tokenizers on {texts:,} stress texts (every character of Unicode outside uniform blocks, "
         f"every token of the vocabulary) and on {total.compared_documents:,} documents of this data: its start, and "
@@ -281,4 +285,3 @@ def _require_sensible(plan: Plan, total: Counts) -> None:
             "only the assistant's turns should be; look at the template's {% generation %} blocks and at the roles in "
             "the rows"
         )
-
