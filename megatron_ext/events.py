@@ -55,6 +55,14 @@ def metrics_sentence(event: Mapping[str, Any]) -> str:
     return f"step {event['step']}: {', '.join(values + speed)}"
 
 
+def rate_text(event: Mapping[str, Any]) -> str:
+    """The speed that a ``progress`` event tells, for a person: ``, 950 MB/s``; empty if it tells none."""
+    rate, unit = event.get("rate"), event["unit"]
+    if rate is None:
+        return ""
+    return f", {rate / 1e6:.0f} MB/s" if unit.startswith("bytes") else f", {rate:.0f} {unit}/s"
+
+
 class Follower:
     """Reader of an events file that grows: each ``new()`` yields the whole lines since the last call."""
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.events import Events, metrics_sentence
+from megatron_ext.events import Events, metrics_sentence, rate_text
 
 
 class TerminalEvents(Events):
@@ -24,9 +24,9 @@ class TerminalEvents(Events):
         elif event == "metrics":
             sys.stderr.write(metrics_sentence(fields) + "\n")
         elif event == "progress" and sys.stderr.isatty():
-            self._advance(fields["done"], fields["total"], fields["unit"])
+            self._advance(fields["done"], fields["total"], fields["unit"] + rate_text(fields))
 
-    def _advance(self, done: float, total: float | None, unit: str) -> None:
+    def _advance(self, done: float, total: float | None, text: str) -> None:
         if self._bar is None:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -34,8 +34,8 @@ class TerminalEvents(Events):
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(unit, total=total)
-        self._bar.update(self._task, completed=done, total=total, description=unit)
+            self._task = self._bar.add_task(text, total=total)
+        self._bar.update(self._task, completed=done, total=total, description=text)
 
     def close(self) -> None:
         super().close()

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.events import metrics_sentence
+from megatron_ext.events import metrics_sentence, rate_text
 from tasks.curve import curve
 from tasks.store import Manifest, Store
 
@@ -32,7 +32,7 @@ class PrefectWatcher:
         self._logger = get_run_logger()
         self._progress: Any = None
         self._progress_due, self._curve_due = time.monotonic() + PROGRESS_SECONDS, time.monotonic() + CURVE_SECONDS
-        self._unit, self._done, self._total = "", 0.0, None
+        self._unit, self._done, self._total, self._rate = "", 0.0, None, ""
         self._metrics: list[dict[str, Any]] = []
 
     def event(self, event: dict[str, Any]) -> None:
@@ -43,6 +43,7 @@ class PrefectWatcher:
                     self._logger.info(event["text"])
                 case "progress":
                     self._unit, self._done, self._total = event["unit"], event["done"], event["total"]
+                    self._rate = rate_text(event)
                     self._show_progress()
                 case "metrics":
                     self._metrics.append(event)
@@ -81,7 +82,7 @@ class PrefectWatcher:
         self._progress_due = time.monotonic() + PROGRESS_SECONDS
         percent = 100.0 if last else min(100.0, 100.0 * self._done / self._total)
         latest = self._metrics[-1] if self._metrics else {}
-        speed = f", {latest['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in latest else ""
+        speed = f", {latest['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in latest else self._rate
         text = f"{self._stage}: {self._done:.0f} of {self._total:.0f} {self._unit}{speed}"
         if self._progress is None:
             self._progress = create_progress_artifact(percent, key=f"{self._stage}-progress", description=text)

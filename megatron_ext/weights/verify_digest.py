@@ -22,7 +22,7 @@ from megatron_ext.errors import CheckpointError, SourceError, VerificationError,
 from megatron_ext.events import Events
 from megatron_ext.families.base import Part, Weight
 from megatron_ext.weights.hf import NAMES, TensorInfo
-from megatron_ext.weights.pipeline import PIECE_BYTES
+from megatron_ext.weights.pipeline import PIECE_BYTES, Progress
 from megatron_ext.weights.rules import Move
 from megatron_ext.weights.streams import CheckpointReader, HFReader, bounded, row_bytes
 
@@ -85,11 +85,12 @@ def compare(
         stack.callback(pool.shutdown, cancel_futures=True)  # before the readers are closed
         sizes = [row_bytes(w.own_shape, checkpoint.dtypes[w.key]) * w.own_shape[0] for w, _ in units]
         done, equal, digests = 0, 0, {}
+        progress = Progress(events, sum(sizes), "bytes compared")
         for stored, (size, found) in zip(sizes, pool.map(work, units), strict=True):
             done += stored
             equal += size
             digests |= found
-            events.progress(done, sum(sizes), "bytes compared")
+            progress(done, last=done == sum(sizes))
     return Compared(digests, len({weight.key for weight in plan}), equal)
 
 

@@ -103,6 +103,7 @@ def test_progress_ends_at_the_bytes_of_the_weights(model, out, tmp_path):
     last = [event for event in Follower(tmp_path / "events").new() if event["event"] == "progress"][-1]
     size = sum(tensor.nbytes for tensor in load_file(model / WEIGHTS).values())
     assert (last["done"], last["total"], last["unit"]) == (size, size, "bytes")
+    assert last["rate"] > 0
 
 
 def test_shards_give_the_same_checkpoint_as_one_file(model, out, tmp_path):
