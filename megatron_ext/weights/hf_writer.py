@@ -59,10 +59,14 @@ class SafetensorsWriter:
         for file in self._files:
             file.sync()
 
-    def close(self) -> None:
-        """Close the files and check that everything announced was written."""
+    def abandon(self) -> None:
+        """Let go of the files; what was written is no model."""
         for file in self._files:
             file.close()
+
+    def close(self) -> None:
+        """Close the files and check that everything announced was written."""
+        self.abandon()
         if missing := sorted(name for name, left in self._missing.items() if left):
             raise ValueError(f"{len(missing)} announced weights were not written whole, the first is {missing[0]}")
 

@@ -108,10 +108,14 @@ class MegatronRanksWriter:
         for file in self._files.values():
             file.sync()
 
-    def close(self) -> None:
-        """Check that every row came, and give the files their names."""
+    def abandon(self) -> None:
+        """Let go of the files; what was written is no checkpoint."""
         for file in self._files.values():
             file.close()
+
+    def close(self) -> None:
+        """Check that every row came, and give the files their names."""
+        self.abandon()
         if missing := [place for place, left in self._missing.items() if left]:
             raise ValueError(f"{len(missing)} weights were not written whole, the first is {missing[0]}")
         for file in self._files.values():

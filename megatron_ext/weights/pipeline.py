@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -56,8 +57,8 @@ def write_checkpoint(
 
     plan = list(plan)
     progress = Progress(events, sum(row_bytes(w.own_shape, dtypes[w.key]) * w.own_shape[0] for w in plan))
-    work_through(pieces(plan, dtypes), move, writer.sync, progress)
-    writer.close()
+    with _finished(writer):
+        work_through(pieces(plan, dtypes), move, writer.sync, progress)
 
 
 def write_model(
@@ -79,8 +80,18 @@ def write_model(
         return size
 
     progress = Progress(events, sum(info.nbytes for info in tensors.values()))
-    work_through(pieces(plan, source.dtypes), move, writer.sync, progress)
-    writer.close()
+    with _finished(writer):
+        work_through(pieces(plan, source.dtypes), move, writer.sync, progress)
+
+
+@contextmanager
+def _finished(writer: CheckpointWriter | HFWriter) -> Iterator[None]:
+    try:
+        yield
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def pieces(plan: Iterable[Weight], dtypes: Mapping[str, torch.dtype], most: int = PIECE_BYTES) -> Iterator[Piece]:

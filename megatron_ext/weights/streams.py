@@ -49,6 +49,9 @@ class CheckpointWriter(Protocol):
     def sync(self) -> None:
         """Wait until what was written before this call is on the disk, while other threads go on writing."""
 
+    def abandon(self) -> None:
+        """Let go of the files, unfinished."""
+
     def close(self) -> None:
         """Finish the checkpoint; before that a reader refuses it."""
 
@@ -61,6 +64,9 @@ class HFWriter(Protocol):
 
     def sync(self) -> None:
         """Wait until what was written before this call is on the disk, while other threads go on writing."""
+
+    def abandon(self) -> None:
+        """Let go of the files, unfinished."""
 
     def close(self) -> None:
         """Check that everything came, and finish."""

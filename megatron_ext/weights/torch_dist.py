@@ -13,11 +13,11 @@ import os
 import pickle
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -35,6 +35,7 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.families.base import Architecture, Weight
 from megatron_ext.weights.files import OpenFile, PlacedFile
 from megatron_ext.weights.streams import row_blocks, row_bytes
+from megatron_ext.weights.torch_dist_metadata import FORMAT, read_metadata
 from megatron_ext.weights.torch_zip import ALIGNMENT, ZipLayout, lay_out, lay_out_tensor
 
 MAX_FILE_BYTES = 4 << 30
@@ -44,13 +45,6 @@ BLOB_OVERHEAD = 2048
 """Bytes that ``torch.save`` adds to a tensor's own, at most."""
 DAMAGED = (RuntimeError, ValueError, LookupError, EOFError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile)
 """What torch and zipfile raise about damaged files."""
-
-FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 
 class TorchDistWriter:
@@ -102,13 +96,18 @@ class TorchDistWriter:
         for file in self._files:
             file.sync()
 
+    def abandon(self) -> None:
+        """Let go of the files; what was written is no checkpoint."""
+        for file in self._files:
+            file.close()
+
     def close(self) -> None:
         """Check that every row came and write, last and by one rename, the metadata."""
         if missing := [place for place, chunks in self._chunks.items() if chunks.missing]:
             raise ValueError(f"{len(missing)} announced weights were not written whole, the first is {missing[0]}")
         for file in self._files:
             file.close()
-        torch.save({}, self._folder / "common.pt")
+        (self._folder / "common.pt").write_bytes(b"".join(piece for _, piece in lay_out({}, "common").pieces))
         (self._folder / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
         metadata = Metadata(
             state_dict_metadata=self._entries, planner_data={}, storage_data=self._storage, storage_meta=StorageMeta()
@@ -196,18 +195,19 @@ class TorchDistReader:
         self._folder = folder
         self._lock = threading.Lock()
         self._files: dict[str, OpenFile] = {}
-        metadata = self._read_metadata()
+        self._starts: dict[tuple[str, int], int | None] = {}
+        self._loaded: dict[tuple[str, int], torch.Tensor] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._chunks: dict[str, _ChunkIndex] = {}
-        for key, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
-                self.shapes[key] = tuple(entry.size)
-                self.dtypes[key] = entry.properties.dtype
-                self._chunks[key] = _ChunkIndex(entry.chunks)
+        metadata = read_metadata(folder)
         self._storage = metadata.storage_data or {}
-        self._starts: dict[tuple[str, int], int | None] = {}
-        self._loaded: dict[tuple[str, int], torch.Tensor] = {}
+        try:
+            for key, entry in metadata.state_dict_metadata.items():
+                if isinstance(entry, TensorStorageMetadata):
+                    self._add(key, entry)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{folder / '.metadata'} is damaged: {error}") from None
 
     def rows(self, weight: Weight, start: int, count: int) -> torch.Tensor:
         """``count`` rows of ``weight``, of its layer and expert, from ``start`` on."""
@@ -237,6 +237,16 @@ class TorchDistReader:
         """Let go of the files."""
         for file in self._files.values():
             file.close()
+
+    def _add(self, key: str, entry: TensorStorageMetadata) -> None:
+        for chunk in entry.chunks:
+            ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+            if min(chunk.offsets, default=0) < 0 or any(e > n for e, n in zip(ends, entry.size, strict=True)):
+                raise ValueError(f"{key} has a chunk at {tuple(chunk.offsets)} beyond its shape {tuple(entry.size)}")
+        if not isinstance(entry.properties.dtype, torch.dtype):
+            raise TypeError(f"{key} has no type")
+        self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
+        self._chunks[key] = _ChunkIndex(entry.chunks)
 
     def _part(self, key: str, chunk: ChunkStorageMetadata, box: tuple[slice, ...]) -> torch.Tensor:
         """The part ``box`` of a chunk."""
@@ -272,30 +282,8 @@ class TorchDistReader:
                 self._loaded[blob] = _load(file.section(place.offset, place.length), dtype, shape)
             return self._loaded[blob]
 
-    def _read_metadata(self) -> Metadata:
-        path = self._folder / ".metadata"
-        try:
-            backend = json.loads((self._folder / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
-            metadata = pickle.loads(path.read_bytes())
-        except FileNotFoundError as error:
-            missing = Path(error.filename).name
-            raise CheckpointError(f"{self._folder} has no {missing}; it is not a whole torch_dist checkpoint") from None
-        except (
-            ValueError,
-            LookupError,
-            TypeError,
-            EOFError,
-            pickle.UnpicklingError,
-            AttributeError,
-            ImportError,
-        ) as error:
-            raise CheckpointError(f"{path} or metadata.json beside it is damaged: {error}") from None
-        if backend != "torch_dist" or not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{self._folder} is saved as {backend!r}; Available: torch_dist")
-        return metadata
 
-
-def _box(low: list[int], high: list[int], origin: Any) -> tuple[slice, ...]:
+def _box(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
 
 
@@ -348,11 +336,9 @@ def _load(blob: BinaryIO, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.T
     Raises:
         ValueError: it is damaged, or not of this type and shape.
     """
-    with zipfile.ZipFile(blob) as archive:
-        name = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
-        if name is None:
-            raise ValueError("not a file of torch.save")
-        archive.read(name)  # checks its checksum, which torch does not
+    with zipfile.ZipFile(blob) as archive:  # checks checksums, which torch does not
+        if (broken := archive.testzip()) is not None:
+            raise ValueError(f"{broken} is damaged")
     blob.seek(0)
     tensor = torch.load(blob, map_location="cpu", weights_only=True)
     if not isinstance(tensor, torch.Tensor) or (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):

@@ -47,7 +47,7 @@ class ZipLayout:
     """``size`` bytes in all; ``pieces`` are (offset, bytes) of everything but the announced tensors.
 
     ``places`` is where the bytes of each announced tensor go, contiguous in memory order. ``varying`` are the (offset,
-    length) of what torch would write there: checksums of the announced tensors, and a fingerprint of all checksums.
+    length) of what torch may write otherwise: checksums, and a fingerprint of them.
     """
 
     size: int
@@ -56,7 +56,7 @@ class ZipLayout:
     varying: tuple[tuple[int, int], ...]
 
     def is_laid_out_in(self, others: Sequence[bytes]) -> bool:
-        """Whether a file that holds ``others`` where this one holds its pieces is the same but for the tensors."""
+        """Whether a file that holds ``others`` where this one holds its pieces differs in its tensors only."""
         return all(
             len(theirs) == len(ours) and self._masked(offset, theirs) == self._masked(offset, ours)
             for (offset, ours), theirs in zip(self.pieces, others, strict=True)
@@ -91,7 +91,7 @@ def lay_out(value: Any, name: str = "archive") -> ZipLayout:
         else:
             zipped.record(f"data/{storage.key}", bytes(storage.tensor.contiguous().view(-1).view(torch.uint8).numpy()))
     zipped.record("version", b"3\n")
-    zipped.record(".data/serialization_id", b"0" * 40, varies=True)
+    zipped.varying.append(zipped.record(".data/serialization_id", b"0" * 40))
     zipped.end()
     return ZipLayout(zipped.size, tuple(zipped.pieces), places, tuple(zipped.varying))
 
@@ -136,31 +136,30 @@ class _Zip:
     """The bytes of a zip file around gaps."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._directory, self._entries = name, bytearray(), 0
-        self._varying_entries: list[int] = []
+        self._name, self._directory, self._checksums = name, bytearray(), []
         self.pieces: list[tuple[int, bytes]] = []
         self.varying: list[tuple[int, int]] = []
         self.size = 0
 
-    def record(self, name: str, content: bytes, varies: bool = False) -> None:
-        """A record with its content; ``varies`` if torch would write another."""
+    def record(self, name: str, content: bytes) -> tuple[int, int]:
+        """A record with its content; returns where it is, and its length."""
         self._add(self._header(name, len(content)) + content)
-        if varies:
-            self.varying.append((self.size - len(content), len(content)))
-        self._finish(name, len(content), zlib.crc32(content), varies)
+        offset = self.size - len(content)
+        self._finish(name, len(content), zlib.crc32(content))
+        return offset, len(content)
 
     def gap(self, name: str, size: int) -> int:
         """A record whose ``size`` bytes come later; returns where."""
         self._add(self._header(name, size))
         offset = self.size
         self.size += size
-        self._finish(name, size, 0, True)
+        self._finish(name, size, 0)
         return offset
 
     def end(self) -> None:
         """The directory of all records, in zip64 as torch always writes it."""
-        start, size, count = self.size, len(self._directory), self._entries
-        self.varying += [(start + offset, 4) for offset in self._varying_entries]
+        start, size, count = self.size, len(self._directory), len(self._checksums)
+        self.varying += [(start + offset, 4) for offset in self._checksums]
         self._add(bytes(self._directory))
         end64 = self.size
         self._add(struct.pack("<4sQHHLLQQQQ", b"PK\6\6", 44, 0x031E, 45, 0, 0, count, count, size, start))
@@ -178,18 +177,16 @@ class _Zip:
         head = (b"PK\3\4", 0, _flags(size), 0, 0, 0, 0, 0, 0, len(path), len(extra))
         return struct.pack("<4sHHHHHLLLHH", *head) + path + extra
 
-    def _finish(self, name: str, size: int, crc: int, varies: bool) -> None:
+    def _finish(self, name: str, size: int, crc: int) -> None:
         path, extra, small = f"{self._name}/{name}".encode(), _zip64((size, size), self._start), min(size, MAX32)
-        if varies and size:
-            self.varying.append((self.size + 4, 4))
-            self._varying_entries.append(len(self._directory) + 16)
+        self._checksums.append(len(self._directory) + 16)
         if size:
+            self.varying.append((self.size + 4, 4))
             self._add(struct.pack("<4sLQQ" if extra else "<4sLLL", b"PK\7\10", crc, size, size))
         start = min(self._start, MAX32)
         entry = (b"PK\1\2", 0, 0, _flags(size), 0, 0, 0, crc, small, small, len(path), len(extra), 0, 0, 0, 0, start)
         fixed = struct.pack("<4sHHHHHHLLLHHHHHLL", *entry)
         self._directory += fixed + path + extra
-        self._entries += 1
 
     def _add(self, content: bytes) -> None:
         if self.pieces and self.pieces[-1][0] + len(self.pieces[-1][1]) == self.size:
