@@ -150,19 +150,17 @@ def train(
 ) -> None:
     """Fine-tune a checkpoint; a rerun goes on from the last checkpoint. Works under any torchrun, too."""
     from megatron_ext.platforms.base import select
-    from megatron_ext.training.loop import prepare
+    from megatron_ext.training.setup import prepare
     from megatron_ext.worker import TERMINAL, Job
 
     values = validated(TrainJobConfig, with_overrides(read_yaml(config), set or []), str(config))
     out = values.out.absolute()
     _require_training_folder(out)
+    given = {"checkpoint": values.model.checkpoint, **dict(values.data)}
     job = Job(
         job="train",
         config=values.train.model_dump(),
-        inputs={
-            "checkpoint": str(values.model.checkpoint.absolute()),
-            "dataset": str(values.data.dataset.absolute()),
-        },
+        inputs={name: str(path.absolute()) for name, path in given.items() if path is not None},
         out=out,
         events=out / "events.jsonl",
         runtime=values.runtime,

@@ -126,6 +126,25 @@ def require_multiple(seq_length: int, pack_alignment: int) -> None:
         )
 
 
+class PreferenceConfig(Section):
+    """How preference training (DPO and its relatives) weighs a pair of answers."""
+
+    loss: Literal["sigmoid", "ipo", "hinge"] = Field(default="sigmoid", description="DPO, IPO, or SLiC's hinge.")
+    beta: float = Field(default=0.1, gt=0, description="Strength of the tie to the reference model.")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="Share of pairs that are taken to be labelled the wrong way round."
+    )
+    sft_weight: float = Field(
+        default=0.0, ge=0, description="Weight of the chosen answer's mean negative log-likelihood a token."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PreferenceConfig:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing belongs to loss sigmoid; loss is {self.loss}")
+        return self
+
+
 class TrainConfig(Section):
     """What supervised fine-tuning computes. Exactly one of train_iters, train_epochs and train_tokens is given."""
 
@@ -177,6 +196,12 @@ class TrainConfig(Section):
     )
     overlong: Literal["truncate", "drop"] = Field(
         default="truncate", description="What happens to a sample longer than seq_length; counted and reported."
+    )
+    loss_normalization: Literal["token", "sequence"] = Field(
+        default="token", description="Mean over all trained tokens of a step, or over its samples' means."
+    )
+    preference: PreferenceConfig = Field(
+        default=PreferenceConfig(), description="For a dataset of preferences; has no effect on another."
     )
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -232,8 +257,14 @@ class RuntimeConfig(Section):
     micro_batch_size: int = Field(default=1, ge=1, description="Sequences a data-parallel rank computes at once.")
     tensor_model_parallel_size: int = Field(default=1, ge=1)
     pipeline_model_parallel_size: int = Field(default=1, ge=1)
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        default=None, ge=2, description="Chunks of layers that each pipeline stage holds; smaller bubbles, more sends."
+    )
     expert_model_parallel_size: int = Field(
         default=1, ge=1, description="Data-parallel ranks that share the experts of a mixture of experts out."
+    )
+    context_parallel_size: int = Field(
+        default=1, ge=1, description="Ranks that share the places of every sequence; for text, or train.packing false."
     )
     sequence_parallel: bool = Field(
         default=False, description="Split norms and dropout along the sequence; needs tensor parallelism."
@@ -276,6 +307,9 @@ class RuntimeConfig(Section):
         description="Seconds without a finished step after which a rank counts as hung; it "
         "writes its stacks into the log and ends, and a rerun goes on from the last checkpoint.",
     )
+    eval_interval: int = Field(
+        default=500, ge=1, description="Steps between losses on the validation set, if there is one; the last step too."
+    )
     log_interval: int = Field(default=10, ge=1, description="Steps between metric records.")
     evaluate_batch_size: int = Field(default=16, ge=1, description="Documents scored at once.")
     grace_seconds: int = Field(default=120, ge=1, description="Time to save after a stop is asked for.")
@@ -290,6 +324,12 @@ class TrainingInputs(Section):
 class DatasetInputs(Section):
     """`data` section of `mflow train CONFIG.yaml`."""
 
+    validation: Path | None = Field(
+        default=None, description="Dataset for the validation loss; or hold some of `dataset` out: validation_fraction."
+    )
+    reference: Path | None = Field(
+        default=None, description="Preference data: log-probabilities of a reference job; empty computes them first."
+    )
     dataset: Path = Field(description="Folder that `mflow tokenize` wrote.")
 
 

@@ -29,7 +29,8 @@ JOBS = {
     "demo": "megatron_ext.demo:run",
     "convert": "megatron_ext.weights.convert:run",
     "tokenize": "megatron_ext.data.tokenization:run",
-    "train": "megatron_ext.training.loop:run",
+    "train": "megatron_ext.training.job:run",
+    "reference": "megatron_ext.training.job:run_reference",
     "export": "megatron_ext.weights.export:run",
     "evaluate": "megatron_ext.evaluation.lm_eval_runner:run",
     "report": "megatron_ext.report:run",
@@ -37,6 +38,10 @@ JOBS = {
     "logits-megatron": "megatron_ext.weights.logits_megatron:run",
 }
 """Job name -> ``module:function``; the function takes ``(job, events)`` and returns a JSON-able summary."""
+
+
+PARALLEL = ("train", "reference")
+"""Jobs that ``runtime.nproc_per_node`` processes do together."""
 
 
 class Job(Section):
@@ -60,9 +65,9 @@ def run_job(job: Job, events: Events) -> dict[str, Any]:
 
 def check_training(job: Job) -> None:
     """Refuse a training that cannot run before its ranks are started."""
-    from megatron_ext.training.loop import prepare
+    from megatron_ext.training.setup import prepare, read_base
 
-    prepare(job)
+    (prepare if job.job == "train" else read_base)(job)
 
 
 def start_torchrun(job_file: Path, job: Job) -> int:
@@ -91,7 +96,7 @@ def main() -> int:
     """Run the job file named on the command line; only rank 0 writes events."""
     job_file = Path(sys.argv[1])
     job = Job.model_validate_json(job_file.read_text(encoding="utf-8"))
-    agent = job.job == "train" and job.runtime.nproc_per_node > 1 and "RANK" not in os.environ
+    agent = job.job in PARALLEL and job.runtime.nproc_per_node > 1 and "RANK" not in os.environ
     watch_owners(job.runtime.grace_seconds, agent=agent)
     first = os.environ.get("RANK", "0") == "0"
     watched = TerminalEvents if first and TERMINAL in os.environ else Events

@@ -12,7 +12,8 @@ from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture
 from megatron_ext.families.hf_config import read_architecture
 from megatron_ext.hf_folder import read_config
-from megatron_ext.training.plan import check_layout, check_schedule, iterations_without_data
+from megatron_ext.training.layout import check_layout
+from megatron_ext.training.plan import check_schedule, iterations_without_data
 from tasks.sources import DemoName, Files, data_source, model_source, source_digests, tasks_source
 
 

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 
 from megatron_ext.config import TrainConfig
 from megatron_ext.families.base import Architecture
-from megatron_ext.training.plan import disk_needed as training_disk
-from megatron_ext.training.plan import iterations_without_data, parameters, planned_iterations
+from megatron_ext.training.layout import disk_needed as training_disk
+from megatron_ext.training.layout import parameters
+from megatron_ext.training.plan import iterations_without_data, planned_iterations
 from tasks.artifacts import IdxmapDataset
 from tasks.stage import Planned
 from tasks.store import Store

@@ -19,7 +19,7 @@ from megatron_ext.cache import kept_arrays
 from megatron_ext.config import Section, TrainConfig, require_multiple
 from megatron_ext.data import splits
 from megatron_ext.data.datasets import Dataset, Pool, open_dataset
-from megatron_ext.data.packing import Packing, pack, separate
+from megatron_ext.data.packing import Packing, aligned, pack, separate
 from megatron_ext.data.samples import TextStream, has_trained_label, text_stream
 from megatron_ext.errors import DatasetFormatError
 
@@ -57,7 +57,8 @@ class Selection:
 
     Attributes:
         documents: (N,) numbers of the samples: documents of the dataset, or windows of ``stream``.
-        lengths: (N,) tokens of each that are kept, the last of them only a label.
+        lengths: (N,) tokens of each that are kept, the last of them only a label; of a pair, those of both answers
+            less one, so that a sample always has ``lengths - 1`` inputs.
         packing: which of those N share a sequence; counts inputs, so each sample's tokens less one.
         sequences: (P + 1,) number of the first sequence of each blended input, and at the end of all.
         weights: (P,) share of each in the blend.
@@ -83,15 +84,10 @@ def select(dataset: Dataset, choice: Choice) -> Selection:
     """Select and pack, or take what an earlier run or another process of this machine kept.
 
     Raises:
-        DatasetFormatError: nothing is left to train on, or the dataset holds pairs, which are not packed.
+        DatasetFormatError: nothing is left to train on.
         SourceError: the dataset is damaged.
     """
-    if dataset.kind == "preference":
-        raise DatasetFormatError(
-            f"dataset {dataset.place} is of kind preference; its pairs are not packed, and supervised fine-tuning "
-            "needs a chat or text dataset"
-        )
-    make = _text if dataset.kind == "text" else _chat
+    make = {"text": _text, "chat": _chat, "preference": _preference}[dataset.kind]
     key = xxhash.xxh3_128_hexdigest(f"{VERSION}:{dataset.identity}:{choice.model_dump_json()}".encode())
     arrays = kept_arrays("plans", key, lambda: make(dataset, choice))
     truncated, overlong, untrained, held_out, tokens, occupied = arrays["counts"].tolist()
@@ -154,13 +150,38 @@ def _side(dataset: Dataset, choice: Choice) -> np.ndarray:
     return held_out if choice.part == "validation" else ~held_out
 
 
+def answer_limit(choice: Choice) -> int:
+    """Tokens that an answer of a pair may have, its prompt included: half a sequence, and one that is only a label."""
+    return choice.seq_length // 2 // choice.pack_alignment * choice.pack_alignment + 1
+
+
 def _chat(dataset: Dataset, choice: Choice) -> Arrays:
     tokens, (mask,) = dataset.tokens[0], dataset.loss_masks
     lengths = np.asarray(tokens.lengths, dtype=np.int64)
-    side = _side(dataset, choice)
-    long, drop = lengths > choice.seq_length, choice.overlong == "drop"
     kept = np.minimum(lengths, choice.seq_length)
-    trained = has_trained_label(mask, kept)
+    long, trained = lengths > choice.seq_length, has_trained_label(mask, kept)
+    return _packed(dataset, choice, long, trained, kept, kept - 1)
+
+
+def _preference(dataset: Dataset, choice: Choice) -> Arrays:
+    lengths = np.stack([np.asarray(side.lengths, dtype=np.int64) for side in dataset.tokens], axis=1)
+    limit = answer_limit(choice)
+    kept = np.minimum(lengths, limit)
+    trained = [has_trained_label(mask, side) for mask, side in zip(dataset.loss_masks, kept.T, strict=True)]
+    places = aligned(kept - 1, choice.pack_alignment).sum(1)
+    return _packed(dataset, choice, (lengths > limit).any(1), np.logical_and(*trained), kept.sum(1) - 1, places)
+
+
+def _packed(
+    dataset: Dataset, choice: Choice, long: np.ndarray, trained: np.ndarray, kept: np.ndarray, places: np.ndarray
+) -> Arrays:
+    """Leave out what cannot be trained on, and pack the rest.
+
+    Args:
+        long, trained: (N,) bool: the sample is longer than it may be; something is trained in what is kept of it.
+        kept, places: (N,) tokens of it that are kept; places that they take as inputs.
+    """
+    side, drop = _side(dataset, choice), choice.overlong == "drop"
     chosen = side & trained & ~(long & drop)
     counts = [
         0 if drop else int((side & long & trained).sum()),
@@ -171,10 +192,10 @@ def _chat(dataset: Dataset, choice: Choice) -> Arrays:
     documents = np.flatnonzero(chosen)
     if len(documents) == 0:
         raise DatasetFormatError(
-            f"dataset {dataset.place}: none of {len(lengths)} samples has a trained token within train.seq_length "
+            f"dataset {dataset.place}: none of {len(kept)} samples has a trained token within train.seq_length "
             f"{choice.seq_length}{_where(choice)}; raise it or look at the data with mflow inspect"
         )
-    kept = kept[documents]
+    kept, places = kept[documents], places[documents]
     packings, first = [], [0]
     for number, pool in enumerate(_pools(dataset, choice)):
         a, b = np.searchsorted(documents, [pool.first, pool.last]).tolist()
@@ -184,11 +205,11 @@ def _chat(dataset: Dataset, choice: Choice) -> Arrays:
                 f"train.seq_length {choice.seq_length}{_where(choice)}; leave it out or look at it with mflow inspect"
             )
         arrange = pack if choice.packing else separate
-        packing = arrange(kept[a:b] - 1, choice.seq_length, choice.seed + 3 * number, choice.pack_alignment)
+        packing = arrange(places[a:b], choice.seq_length, choice.seed + 3 * number, choice.pack_alignment)
         packings.append((a, packing))
         first.append(first[-1] + len(packing))
     ends = [packing.bounds[1:] + a for a, packing in packings]
-    counts += [sum(p.tokens for _, p in packings), sum(p.occupied for _, p in packings)]
+    counts += [int((kept - 1).sum()), sum(p.occupied for _, p in packings)]
     return {
         "documents": documents,
         "lengths": kept,

@@ -19,6 +19,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 
+from megatron_ext.model import context_parallel
+
 WASTE = 0.25
 """Segments share one attention call while padding them to the longest wastes less than this part of its area."""
 
@@ -140,6 +142,8 @@ class SDPACoreAttention(MegatronModule):
         packed_seq_params: PackedSegments | None = None,
     ) -> torch.Tensor:
         """query (T, B, A, D), key and value (T, B, G, D) -> (T, B, A·D). B is 1 when packed."""
+        if self.config.context_parallel_size > 1:
+            return context_parallel.attend(query, key, value, self.scale).flatten(2)
         if packed_seq_params is None:
             mixed = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return mixed.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)

@@ -54,7 +54,7 @@ def experts_config(architecture: Architecture, runtime: RuntimeConfig, fused: bo
     }
 
 
-def layer_spec(architecture: Architecture, config: TransformerConfig, fused: bool) -> Any:
+def layer_spec(architecture: Architecture, config: TransformerConfig, fused: bool, vp_stage: int | None = None) -> Any:
     """Transformer Engine's layers if ``fused``, else megatron-core's own with SDPA."""
     experts = architecture.num_moe_experts
     if fused:
@@ -71,5 +71,5 @@ def layer_spec(architecture: Architecture, config: TransformerConfig, fused: boo
         attention.q_layernorm = attention.k_layernorm = Norm
     if experts is not None:  # Transformer Engine does not fuse this norm into experts, so it has a name of its own
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    layers = [spec] * get_num_layers_to_build(config)
+    layers = [spec] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

@@ -23,6 +23,7 @@ def transformer_config(
     architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig, platform: Platform
 ) -> TransformerConfig:
     """megatron-core's configuration of the model. Weights are left as allocated: they come from a checkpoint."""
+    interleaved = runtime.virtual_pipeline_model_parallel_size is not None
     dtype, on_cpu, fused = DTYPES[train.precision], platform.name == "cpu", platform.fused_layers(train.precision)
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -46,11 +47,15 @@ def transformer_config(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=runtime.tensor_model_parallel_size,
         pipeline_model_parallel_size=runtime.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=runtime.virtual_pipeline_model_parallel_size,
+        context_parallel_size=runtime.context_parallel_size,
         sequence_parallel=runtime.sequence_parallel,
-        variable_seq_lengths=runtime.pipeline_model_parallel_size > 1,
+        variable_seq_lengths=runtime.pipeline_model_parallel_size > 1 and not interleaved,
+        overlap_p2p_comm=interleaved,  # else two ranks mix up what they send each other as next and as previous stage
+        batch_p2p_comm=not interleaved,
         **attention_config(architecture),
         **experts_config(architecture, runtime, fused),
-        deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=not (on_cpu and interleaved),  # gloo may still be sending what would be freed
         calculate_per_token_loss=True,
         use_cpu_initialization=on_cpu,
         init_method=_keep,  # megatron-core marks split weights only when it initialises them
@@ -79,25 +84,37 @@ def _keep(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def build_model(architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig, platform: Platform) -> GPTModel:
+def build_chunks(
+    architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig, platform: Platform
+) -> list[GPTModel]:
+    """What this rank holds of the model: one part, or one for each virtual pipeline stage."""
+    stages = range(runtime.virtual_pipeline_model_parallel_size or 1)
+    return [build_model(architecture, train, runtime, platform, stage) for stage in stages]
+
+
+def build_model(
+    architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig, platform: Platform, vp_stage: int = 0
+) -> GPTModel:
     """This rank's part of the model, on its device, weights not yet loaded. Needs an initialised parallel state.
 
     Call it on a (B, T) batch as ``model(tokens, positions, None, packed_seq_params=…)`` -> logits (B, T, V / tp).
     """
     config = transformer_config(architecture, train, runtime, platform)
+    stage = vp_stage if runtime.virtual_pipeline_model_parallel_size else None
     model = GPTModel(
         config,
-        layer_spec(architecture, config, platform.fused_layers(train.precision)),
+        layer_spec(architecture, config, platform.fused_layers(train.precision), stage),
         vocab_size=padded_vocab_size(
             architecture.vocab_size, runtime.tensor_model_parallel_size, runtime.make_vocab_size_divisible_by
         ),
         max_sequence_length=architecture.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=int(architecture.rotary_base),
+        vp_stage=stage,
     )
     device = torch.cuda.current_device()
     model.rotary_pos_emb = PositionedRotary(architecture, device)

@@ -9,10 +9,12 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_ext.errors import UnsupportedModelError, unknown
 from megatron_ext.families.base import Architecture
+from megatron_ext.model.context_parallel import own_places
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
@@ -105,8 +107,9 @@ class PositionedRotary(RotaryEmbedding):
         return super().get_rotary_seq_len(*arguments, **named) if positions is None else positions
 
     def forward(self, positions: Any, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
-        """``positions`` (T,), or a number for 0 … T-1 -> (T, 1, 1, D) angles."""
+        """``positions`` (T,), or T for those of 0 … T-1 that this rank of context parallelism holds -> (T, 1, 1, D)."""
         if isinstance(positions, int):
-            positions = torch.arange(positions, device=self.inv_freq.device) + offset
+            rank, ranks = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+            positions = torch.from_numpy(own_places(positions, rank, ranks)).to(self.inv_freq.device) + offset
         angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]

@@ -13,12 +13,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_ext.errors import CheckpointError, ParallelismError
-from megatron_ext.weights.manifest import LATEST, latest_folder, read_latest
+from megatron_ext.weights.manifest import LATEST, latest_folder
 
+BESIDE_WEIGHTS = ("optimizer.", "chained_", "random")
+"""Beginnings of the keys of a resumable checkpoint that are no weights."""
 LARGE = 1_000_000_000
 """Parameters of a model whose optimizer state is saved as it is sharded, without gathering it: it then resumes under
 another number of data-parallel ranks, but not under other tensor- and pipeline-parallel sizes."""
@@ -28,7 +31,7 @@ another number of data-parallel ranks, but not under other tensor- and pipeline-
 class TrainingState:
     """Everything that a step changes."""
 
-    model: Any  # the bare GPTModel
+    chunks: list[Any]  # the bare GPTModels of this rank: one, or one for each virtual pipeline stage
     optimizer: Any
     scheduler: Any
     parameters: int  # of the whole model
@@ -40,28 +43,40 @@ class TrainingState:
             "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
             "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
             "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+            "virtual_pipeline_model_parallel_size": len(self.chunks),
             "use_distributed_optimizer": isinstance(_first(self.optimizer), DistributedOptimizer),
             "world_size": dist.get_world_size(),
         }
 
 
 def load_weights(model: Any, checkpoint: Path) -> None:
-    """Fill ``model`` (a bare GPTModel, any layout, any dtype) from a checkpoint folder.
+    """Fill ``model`` (a bare GPTModel, any layout, any dtype) from a checkpoint folder. Raises as ``load_chunks``."""
+    load_chunks([model], checkpoint)
+
+
+def load_chunks(chunks: list[Any], checkpoint: Path) -> None:
+    """Fill all that this rank holds of the model from a checkpoint folder.
 
     Raises:
-        CheckpointError: the torch_dist files are damaged or of another model.
+        CheckpointError: the torch_dist files are damaged or of another model; names the tensor that one of them lacks.
     """
     folder = latest_folder(checkpoint)
     try:
-        loaded = dist_checkpointing.load(_weights(model), str(folder))
+        loaded, unread, lacking = dist_checkpointing.load(
+            _weights(chunks), str(folder), strict=StrictHandling.RETURN_ALL
+        )
     except (dist_checkpointing.core.CheckpointingException, OSError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"cannot read the weights in {folder}: {error}; convert the model again") from error
-    model.load_state_dict(loaded, strict=False)
+    if lacking:
+        raise CheckpointError(f"{folder} has no tensor {min(lacking)} ({len(lacking)} missing), which the model needs")
+    if unread := [key for key in unread if not key.startswith(BESIDE_WEIGHTS) and "_extra_state" not in key]:
+        raise CheckpointError(f"the model has no place for {min(unread)} of {folder} ({len(unread)} such tensors)")
+    _fill(chunks, loaded, folder)
 
 
 def full_state(state: TrainingState) -> dict[str, Any]:
     """What a resumable checkpoint holds."""
-    weights = state.model.sharded_state_dict(metadata=_sharding())
+    weights = _everything(state.chunks)
     optimizer_format = "dp_reshardable" if state.parameters >= LARGE else "fully_reshardable"
     return {
         "model": weights,
@@ -86,7 +101,7 @@ def resume(out: Path, state: TrainingState) -> bool:
     common = dist_checkpointing.load_common_state_dict(str(folder))
     _check_resumable(folder, common, state.layout())
     same_layout = common["layout"] == state.layout()
-    weights = _weights(state.model)
+    weights = _weights(state.chunks)
     wanted = {
         "model": weights,
         "optimizer": state.optimizer.sharded_state_dict(
@@ -96,7 +111,7 @@ def resume(out: Path, state: TrainingState) -> bool:
     if same_layout:
         wanted["random"] = _random_states()
     loaded = dist_checkpointing.load(wanted, str(folder))
-    state.model.load_state_dict(loaded["model"], strict=False)
+    _fill(state.chunks, loaded["model"], folder)
     state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
     state.step = loaded["step"]
@@ -108,7 +123,7 @@ def resume(out: Path, state: TrainingState) -> bool:
 def final_weights(state: TrainingState, base: Path) -> dict[str, Any]:
     """The weights alone, each in the type it had in the checkpoint ``base``."""
     types = _types(latest_folder(base))
-    weights = state.model.sharded_state_dict(metadata=_sharding())
+    weights = _everything(state.chunks)
 
     def cast(value: Any) -> Any:
         if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key in types:
@@ -143,12 +158,29 @@ def _sharding(optimizer_format: str | None = None) -> dict[str, Any]:
     return {**known, "distrib_optim_sharding_type": optimizer_format} if optimizer_format else known
 
 
-def _weights(model: Any) -> dict[str, Any]:
-    """What to read of ``model``: its tensors. Transformer Engine's layers keep objects for FP8 beside them, and some
-    of those are missing in a checkpoint that layers without it wrote.
+def _everything(chunks: list[Any]) -> dict[str, Any]:
+    """What to write of the model: tensors, and the objects that Transformer Engine's layers keep beside them."""
+    return {f"chunk{i}": chunk.sharded_state_dict(metadata=_sharding()) for i, chunk in enumerate(chunks)}
+
+
+def _weights(chunks: list[Any]) -> dict[str, Any]:
+    """What to read of the model: its tensors. Of the objects beside them, which are for FP8, some are missing in a
+    checkpoint that layers without Transformer Engine wrote.
     """
-    state = model.sharded_state_dict(metadata=_sharding())
-    return {name: value for name, value in state.items() if "_extra_state" not in name}
+    return {
+        part: {name: value for name, value in state.items() if "_extra_state" not in name}
+        for part, state in _everything(chunks).items()
+    }
+
+
+def _fill(chunks: list[Any], loaded: dict[str, Any], folder: Path) -> None:
+    """Every parameter of this rank from ``loaded``; objects of Transformer Engine stay as they are."""
+    for i, chunk in enumerate(chunks):
+        result = chunk.load_state_dict(loaded[f"chunk{i}"], strict=False)
+        missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+        if missing or result.unexpected_keys:
+            names = ", ".join([*missing, *result.unexpected_keys][:4])
+            raise CheckpointError(f"the weights of {folder} do not fit the model: {names}; convert the model again")
 
 
 def _types(folder: Path) -> dict[str, torch.dtype]:
@@ -175,8 +207,3 @@ def _set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     torch.cuda.set_rng_state(states["device"])
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
-
-
-def last_checkpoint(out: Path) -> str:
-    """The newest whole checkpoint in ``out``, in words."""
-    return f"{out / 'iter_'}{int(read_latest(out)):07d}" if (out / LATEST).exists() else "none was saved yet"

@@ -4,7 +4,7 @@ A record: step (counted from 1), loss (mean over trained tokens), lr, grad_norm,
 trained_tokens, tokens_per_second, tokens_per_second_per_device, step_time (seconds), flops (model FLOP a second),
 mfu (share of the devices' peak, where it is known), memory (bytes, peak of rank 0), padding (share of
 global_batch_size x seq_length that holds no token), consumed_tokens (since step 1), sample_ids; in fp16 loss_scale and
-skipped (1 if the step overflowed and changed nothing).
+skipped (1 if the step overflowed and changed nothing). validation.jsonl holds step, loss and the objective's metrics.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_ext.config import TrainConfig
 from megatron_ext.events import Events
-from megatron_ext.families.base import Architecture
 from megatron_ext.platforms.base import Platform
 from megatron_ext.training.flops import training_flops
-from megatron_ext.training.plan import Plan
-from megatron_ext.training.watch import Spikes
+from megatron_ext.training.setup import Setup
+from megatron_ext.training.watch import Spikes, shown
 
-METRICS = "metrics.jsonl"
+METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 NO_CURVE = {"step", "sample_ids"}
 
 
@@ -47,13 +45,9 @@ class StepResult:
 class Diary:
     """Keeps the time, and writes a record every ``log_interval`` steps and at the last one."""
 
-    out: Path
-    train: TrainConfig
-    plan: Plan
-    events: Events
-    log_interval: int
-    architecture: Architecture
+    setup: Setup
     platform: Platform
+    events: Events
     consumed: int = 0
     _tokens: int = 0
     _seconds: float = 0.0
@@ -61,6 +55,7 @@ class Diary:
     _all_seconds: float = 0.0
     _all_tokens: int = 0
     _last: dict[str, Any] = field(default_factory=dict)
+    _validation: dict[str, float] = field(default_factory=dict)
 
     def open(self, step: int) -> None:
         """Go on after ``step``: records of steps that will be done again are dropped."""
@@ -69,23 +64,21 @@ class Diary:
         self._spikes = [Spikes("loss"), Spikes("grad_norm")]
         if not self._first:
             return
-        path = self.out / METRICS
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        draft = path.with_name(f".{METRICS}")
-        draft.write_text("".join(kept), encoding="utf-8")
-        os.replace(draft, path)
-        self._file = path.open("a", encoding="utf-8")
+        kept = _cut(self.setup.out / METRICS, step)
+        _cut(self.setup.out / VALIDATION, step)
+        self._file = (self.setup.out / METRICS).open("a", encoding="utf-8")
         self._last = json.loads(kept[-1]) if kept else {}
         recorded, self.consumed = self._last.get("step", 0), self._last.get("consumed_tokens", 0)
         self.consumed += sum(self.step_tokens(s) for s in range(recorded, step))
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=step + 1)
-        self.events.emit("progress", done=step, total=self.plan.iterations, unit="steps")
+        self._board = SummaryWriter(str(self.setup.out / "tensorboard"), purge_step=step + 1)
+        self.events.emit("progress", done=step, total=self.setup.plan.iterations, unit="steps")
 
     def step_lengths(self, step: int) -> np.ndarray:
         """(N,) computed tokens of each sample of step ``step`` (from 0): a sample's last token is only a label."""
-        return np.concatenate([self.plan.lengths[self.plan.samples(s)] - 1 for s in self.plan.sequences(step).tolist()])
+        plan = self.setup.plan
+        return np.concatenate([plan.lengths[plan.samples(s)] - 1 for s in plan.sequences(step).tolist()])
 
     def step_tokens(self, step: int) -> int:
         """Tokens that step ``step`` (from 0) computes."""
@@ -100,19 +93,19 @@ class Diary:
         tokens = int(lengths.sum())
         self.consumed += tokens
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
-        self._flops += training_flops(self.architecture, lengths)
+        self._flops += training_flops(self.setup.manifest.architecture, lengths)
         self._all_tokens, self._all_seconds = self._all_tokens + tokens, self._all_seconds + seconds
         if not self._first:
             return
         for spikes, value in zip(self._spikes, (result.loss, result.grad_norm), strict=True):
             if sentence := spikes.look(step, value):
-                self.events.note(f"{sentence}; its samples: {shown(self.plan.sample_ids(step - 1))}")
-        if step % self.log_interval == 0 or step in (1, self.plan.iterations):
+                self.events.note(f"{sentence}; its samples: {shown(self.setup.plan.sample_ids(step - 1))}")
+        if step % self.setup.runtime.log_interval == 0 or step in (1, self.setup.plan.iterations):
             self._record(step, result, seconds, tokens)
 
     def _record(self, step: int, result: StepResult, seconds: float, tokens: int) -> None:
         speed, flops, devices = self._tokens / self._seconds, self._flops / self._seconds, dist.get_world_size()
-        peak = self.platform.peak_flops(self.train.precision)
+        peak = self.platform.peak_flops(self.setup.train.precision)
         self._last = {
             "step": step,
             "loss": result.loss,
@@ -128,18 +121,29 @@ class Diary:
             "flops": float(f"{flops:.4g}"),
             **({"mfu": round(flops / (peak * devices), 4)} if peak else {}),
             "memory": self.platform.peak_memory(),
-            "padding": round(1 - tokens / (self.train.global_batch_size * self.train.seq_length), 4),
+            "padding": round(1 - tokens / (self.setup.train.global_batch_size * self.setup.train.seq_length), 4),
         }
         self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
-        self._file.write(json.dumps({**self._last, "sample_ids": self.plan.sample_ids(step - 1)}) + "\n")
+        self._file.write(json.dumps({**self._last, "sample_ids": self.setup.plan.sample_ids(step - 1)}) + "\n")
         self._file.flush()
         for name, value in self._last.items():
             if name not in NO_CURVE:
                 self._board.add_scalar(f"train/{name}", value, step)
         self.events.emit("metrics", **self._last)
         self.events.emit(
-            "progress", done=step, total=self.plan.iterations, unit="steps", tokens_per_second=round(speed, 1)
+            "progress", done=step, total=self.setup.plan.iterations, unit="steps", tokens_per_second=round(speed, 1)
         )
+
+    def validated(self, step: int, means: dict[str, float]) -> None:
+        """Record what was found on the validation set after ``step``; nothing if there is none."""
+        if not self._first or not means:
+            return
+        with (self.setup.out / VALIDATION).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **means}) + "\n")
+        for name, value in means.items():
+            self._board.add_scalar(f"validation/{name}", value, step)
+        self._validation = means
+        self.events.emit("validation", step=step, **means)
 
     def close(self) -> dict[str, Any]:
         """Flush, and say how it went: figures of this attempt, not of those before a resume."""
@@ -150,6 +154,7 @@ class Diary:
         speed = self._all_tokens / self._all_seconds if self._all_seconds else 0.0
         return {
             "loss": self._last.get("loss"),
+            **{f"validation_{name}": value for name, value in self._validation.items()},
             "consumed_tokens": self.consumed,
             "tokens_per_second": round(speed, 1),
             "tokens_per_second_per_device": round(speed / dist.get_world_size(), 1),
@@ -157,9 +162,13 @@ class Diary:
         }
 
 
-def shown(samples: list[int]) -> str:
-    """The first few of ``samples``, for a sentence."""
-    return ", ".join(map(str, samples[:16])) + (f" and {len(samples) - 16} more" if len(samples) > 16 else "")
+def _cut(path: Path, step: int) -> list[str]:
+    """Leave the records of ``path`` until ``step``, and return them."""
+    kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+    draft = path.with_name(f".{path.name}")
+    draft.write_text("".join(kept), encoding="utf-8")
+    os.replace(draft, path)
+    return kept
 
 
 def _lines(path: Path) -> list[str]:

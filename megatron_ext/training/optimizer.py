@@ -12,8 +12,13 @@ from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.platforms import megatron_fixes
 
 
-def data_parallel(model: Any, train: TrainConfig, runtime: RuntimeConfig) -> DistributedDataParallel:
-    """Wrap a bare GPTModel for training; gradients are summed in fp32."""
+def data_parallel(
+    model: Any, train: TrainConfig, runtime: RuntimeConfig, *, first: bool = True
+) -> DistributedDataParallel:
+    """Wrap a bare GPTModel, or one of its virtual stages, for training; gradients are summed in fp32.
+
+    Only the ``first`` virtual stage of a rank overlaps its communication in buckets.
+    """
     config = model.config
     config.finalize_model_grads_func = finalize_model_grads
     settings = DistributedDataParallelConfig(
@@ -22,10 +27,10 @@ def data_parallel(model: Any, train: TrainConfig, runtime: RuntimeConfig) -> Dis
         check_for_nan_in_grad=False,  # the loop looks at the loss before and at the norm after, and says more
     )
     wrapped = model if train.precision == "fp32" else Float16Module(config, model)
-    return DistributedDataParallel(config, settings, wrapped)
+    return DistributedDataParallel(config, settings, wrapped, disable_bucketing=not first)
 
 
-def adamw(model: DistributedDataParallel, train: TrainConfig, runtime: RuntimeConfig) -> MegatronOptimizer:
+def adamw(models: list[DistributedDataParallel], train: TrainConfig, runtime: RuntimeConfig) -> MegatronOptimizer:
     """AdamW with fp32 main weights; biases and norms are not decayed."""
     config = OptimizerConfig(
         optimizer="adam",
@@ -40,12 +45,13 @@ def adamw(model: DistributedDataParallel, train: TrainConfig, runtime: RuntimeCo
         fp16=train.precision == "fp16",
         initial_loss_scale=train.initial_loss_scale,
         loss_scale_window=train.loss_scale_window,
-        params_dtype=model.config.params_dtype,
+        params_dtype=models[0].config.params_dtype,
         use_distributed_optimizer=runtime.use_distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, models, use_gloo_process_groups=False)
     if train.precision == "fp16":
-        model.config.grad_scale_func = optimizer.scale_loss
+        for model in models:
+            model.config.grad_scale_func = optimizer.scale_loss
     for inner in megatron_fixes.torch_adamw(optimizer):
         megatron_fixes.fill_adam_state(inner)
         for group in inner.param_groups:

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from megatron_ext.config import RuntimeConfig
+from megatron_ext.config import RuntimeConfig, TrainConfig
+from megatron_ext.errors import PlatformError
 from megatron_ext.events import Events
 from megatron_ext.platforms.base import Platform, select
 
 
 @contextmanager
-def parallel_state(runtime: RuntimeConfig, seed: int) -> Iterator[Platform]:
+def parallel_state(runtime: RuntimeConfig, train: TrainConfig, num_threads: int) -> Iterator[Platform]:
     """Prepare the platform, join the other ranks, set up the groups of every kind of parallelism, seed every RNG.
 
     Must be entered before anything imports megatron-core; works alone and under torchrun.
@@ -24,8 +25,11 @@ def parallel_state(runtime: RuntimeConfig, seed: int) -> Iterator[Platform]:
         PlatformError: the platform asked for cannot run here.
     """
     platform = select(runtime.platform)
+    if train.precision == "fp8" and not platform.transformer_engine():
+        raise PlatformError(f"train.precision fp8 needs Transformer Engine, which {platform.name} has not; take bf16")
     platform.prepare()
     quiet()
+    set_num_threads(num_threads)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
@@ -39,10 +43,12 @@ def parallel_state(runtime: RuntimeConfig, seed: int) -> Iterator[Platform]:
     parallel_state.initialize_model_parallel(
         runtime.tensor_model_parallel_size,
         runtime.pipeline_model_parallel_size,
+        runtime.virtual_pipeline_model_parallel_size,
+        context_parallel_size=runtime.context_parallel_size,
         expert_model_parallel_size=runtime.expert_model_parallel_size,
         create_gloo_process_groups=False,
     )
-    seed_all(seed)
+    seed_all(train.seed)
     try:
         yield platform
     finally:
@@ -79,8 +85,13 @@ def set_num_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def row_multiple(platform: Platform, runtime: RuntimeConfig) -> int:
-    """Rows of tokens are padded to a multiple of this: what the device likes, and what sequence parallelism splits."""
+def row_multiple(platform: Platform, train: TrainConfig, runtime: RuntimeConfig) -> int:
+    """Rows of tokens are padded to a multiple of this: what the device likes, and what sequence parallelism splits.
+
+    Interleaved pipeline stages send tensors of one shape, so there every row is as long as the longest can be.
+    """
+    if runtime.virtual_pipeline_model_parallel_size:
+        return train.seq_length * runtime.micro_batch_size
     split = runtime.tensor_model_parallel_size if runtime.sequence_parallel else 1
     return math.lcm(platform.pad_to_multiple, split)
 
@@ -92,3 +103,10 @@ def announce(events: Events, platform: Platform, num_threads: int) -> None:
     pids: list[int | None] = [None] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
     events.emit("ranks", pids=pids, platform=platform.name, device=platform.device_name(), num_threads=num_threads)
+
+
+def first_rank() -> bool:
+    """Whether this process writes what is written once."""
+    import torch.distributed as dist
+
+    return dist.get_rank() == 0

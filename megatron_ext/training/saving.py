@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_ext.config import RuntimeConfig
+from megatron_ext.events import Events
 from megatron_ext.folders import fsync_tree, replace_folder
 from megatron_ext.weights.manifest import LATEST, iteration_folder, latest_folder, write_latest
 
@@ -51,34 +52,34 @@ class Saver:
         """Whether this rank is still writing in the background."""
         return self._pending is not None and self._pending.running
 
-    def save(self, step: int, content: dict[str, Any]) -> None:
+    def save(self, step: int, content: dict[str, Any], events: Events) -> None:
         """Write the full state of ``step``; with ``runtime.async_save`` only copy it, and write beside the training."""
-        self.finish()
+        self.finish(events)
         partial = self._open(step)
         if self._runtime.async_save:
             self._pending = Background(step, partial, content)
         else:
             dist_checkpointing.save(content, str(partial), _strategy())
             self._publish(step, partial)
+            events.emit("checkpoint", step=step)
 
-    def look(self, writing_anywhere: bool) -> int | None:
-        """Publish what was written in the background, once no rank writes any more; the step, if so."""
-        if self._pending is None or writing_anywhere:
-            return None
-        return self.finish()
+    def look(self, writing_anywhere: bool, events: Events) -> None:
+        """Publish what was written in the background, once no rank writes any more."""
+        if not writing_anywhere:
+            self.finish(events)
 
-    def finish(self) -> int | None:
-        """Wait for what is being written in the background, and publish it; its step."""
+    def finish(self, events: Events) -> None:
+        """Wait for what is being written in the background, and publish it."""
         if self._pending is None:
-            return None
+            return
         pending, self._pending = self._pending, None
         pending.wait()
         self._publish(pending.step, pending.partial)
-        return pending.step
+        events.emit("checkpoint", step=pending.step)
 
     def save_final(self, step: int, content: dict[str, Any], describe: Callable[[], None]) -> None:
         """Write the last checkpoint; ``describe`` runs on rank 0 before the pointer moves (it writes the manifest)."""
-        self.finish()
+        self.finish(Events())
         partial = self._open(step)
         dist_checkpointing.save(content, str(partial), _strategy())
         self._publish(step, partial, describe, last=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.config import TrainConfig
+from megatron_ext.events import Events
+from megatron_ext.training.plan import warmup_iterations
 
 
 def scheduler(optimizer: Any, train: TrainConfig, iterations: int) -> OptimizerParamScheduler:
@@ -16,7 +19,7 @@ def scheduler(optimizer: Any, train: TrainConfig, iterations: int) -> OptimizerP
         init_lr=0.0,
         max_lr=train.lr,
         min_lr=train.min_lr,
-        lr_warmup_steps=train.lr_warmup_iters,
+        lr_warmup_steps=warmup_iterations(train),
         lr_decay_steps=iterations,
         lr_decay_style=train.lr_decay_style,
         start_wd=train.weight_decay,
@@ -31,3 +34,27 @@ def scheduler(optimizer: Any, train: TrainConfig, iterations: int) -> OptimizerP
 def learning_rate(optimizer: Any) -> float:
     """What the coming step will use."""
     return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def planned(train: TrainConfig, iterations: int, points: int = 60) -> list[tuple[int, float]]:
+    """(step, learning rate) of about ``points`` steps of the whole training, first and last included."""
+    group = {"wd_mult": 1.0}
+    schedule = scheduler(SimpleNamespace(param_groups=[group]), train, iterations)
+    steps = sorted({1, iterations, *(1 + round(i * (iterations - 1) / points) for i in range(points))})
+    found = []
+    for step in steps:
+        schedule.num_steps = step - 1
+        found.append((step, float(schedule.get_lr(group))))
+    return found
+
+
+def announce_schedule(events: Events, train: TrainConfig, iterations: int) -> None:
+    """Show the planned learning rates before the first step."""
+    curve = planned(train, iterations)
+    peak = max(curve, key=lambda point: point[1])
+    events.note(
+        f"learning rate: {train.lr_decay_style} over {iterations} steps, warm-up {warmup_iterations(train)}; "
+        f"step {curve[0][0]}: {curve[0][1]:.3g}, peak at step {peak[0]}: {peak[1]:.3g}, "
+        f"step {curve[-1][0]}: {curve[-1][1]:.3g}"
+    )
+    events.emit("schedule", points=curve)

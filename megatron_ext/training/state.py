@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from pydantic import Field
 
-from megatron_ext.config import RuntimeConfig, Section, TrainConfig
+from megatron_ext.config import RuntimeConfig, Section
 from megatron_ext.data.datasets import open_dataset
 from megatron_ext.errors import OutputExistsError
 from megatron_ext.weights.manifest import LATEST, MANIFEST, latest_folder, read_latest, read_manifest
@@ -28,12 +29,12 @@ class RunState(Section):
     summary: dict[str, Any] | None = Field(default=None, description="the result, once training is finished")
 
 
-def training_digest(train: TrainConfig, checkpoint: Path, dataset: Path) -> str:
+def training_digest(settings: Mapping[str, Any], checkpoint: Path, *datasets: Path) -> str:
     """xxh3-128 of everything that decides the result. Large files count by size and their first MiB."""
-    hasher = xxhash.xxh3_128(json.dumps(train.model_dump(), sort_keys=True).encode())
+    hasher = xxhash.xxh3_128(json.dumps(settings, sort_keys=True).encode())
     folders = (checkpoint, latest_folder(checkpoint))
     files = [path for folder in folders for path in sorted(p for p in folder.iterdir() if p.is_file())]
-    for path in [*files, *open_dataset(dataset).files]:
+    for path in [*files, *(file for dataset in datasets for file in open_dataset(dataset).files)]:
         hasher.update(f"{path.name}:{path.stat().st_size};".encode())
         with path.open("rb") as file:
             hasher.update(file.read(SAMPLE))
@@ -65,9 +66,13 @@ def open_run(out: Path, digest: str, runtime: RuntimeConfig) -> RunState:
         return found.model_copy(update={"layout": layout, "summary": found.summary or _published_summary(out)})
     if (out / LATEST).exists() or (out / MANIFEST).exists():
         raise OutputExistsError(f"out {out} holds a checkpoint that this training did not write; choose another folder")
+    return RunState(digest=digest, num_threads=threads_of_process(runtime), layout=layout)
+
+
+def threads_of_process(runtime: RuntimeConfig) -> int:
+    """CPU threads that a process takes when nothing was decided before: those asked for, or its share of the cores."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.nproc_per_node))
-    threads = runtime.num_threads or max(1, len(os.sched_getaffinity(0)) // processes)
-    return RunState(digest=digest, num_threads=threads, layout=layout)
+    return runtime.num_threads or max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def _published_summary(out: Path) -> dict[str, Any] | None:
@@ -83,3 +88,8 @@ def write_run(out: Path, state: RunState) -> None:
     draft = out / f".{STATE}"
     draft.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
     os.replace(draft, out / STATE)
+
+
+def last_checkpoint(out: Path) -> str:
+    """The newest whole checkpoint in ``out``, in words."""
+    return str(latest_folder(out)) if (out / LATEST).exists() else "none was saved yet"

@@ -7,6 +7,13 @@ import math
 import statistics
 import sys
 from collections import deque
+from typing import TYPE_CHECKING, Self
+
+from megatron_ext.errors import TrainingDivergedError
+from megatron_ext.training.state import last_checkpoint
+
+if TYPE_CHECKING:
+    from megatron_ext.training.setup import Setup
 
 WINDOW = 50
 """Steps that a new one is compared with."""
@@ -32,8 +39,11 @@ class Heartbeat:
         """Start the time anew."""
         faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)
 
-    def stop(self) -> None:
-        """No more beats will come."""
+    def __enter__(self) -> Self:
+        self.beat()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
@@ -56,3 +66,21 @@ class Spikes:
                 sentence = f"{self._name} {value:.4g} of step {step} is far above the {middle:.4g} of the steps before"
         self._seen.append(value)
         return sentence
+
+
+def require_finite(setup: Setup, step: int, name: str, value: float) -> None:
+    """Stop before a broken step spreads; ``step`` counts from 1.
+
+    Raises:
+        TrainingDivergedError: ``value`` is NaN or infinite; names the step's samples and the last checkpoint.
+    """
+    if not math.isfinite(value):
+        raise TrainingDivergedError(
+            f"the {name} of step {step} is {value}; its samples were {shown(setup.plan.sample_ids(step - 1))}; "
+            f"last checkpoint: {last_checkpoint(setup.out)}; lower train.lr or look at these samples with mflow inspect"
+        )
+
+
+def shown(samples: list[int]) -> str:
+    """The first few of ``samples``, for a sentence."""
+    return ", ".join(map(str, samples[:16])) + (f" and {len(samples) - 16} more" if len(samples) > 16 else "")

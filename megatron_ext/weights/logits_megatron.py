@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.events import Events
+from megatron_ext.training.state import threads_of_process
 from megatron_ext.weights.hf import SHORT
 from megatron_ext.weights.manifest import CheckpointManifest
 
@@ -21,19 +22,21 @@ def run(job: Any, events: Events) -> dict[str, Any]:
     from megatron_ext.training.parallel import parallel_state
 
     runtime = RuntimeConfig(platform=job.runtime.platform)
-    with parallel_state(runtime, seed=1) as platform:
-        model = _load(Path(job.inputs["checkpoint"]), runtime, platform, job.config)
+    train = TrainConfig(seq_length=4096, global_batch_size=1, train_iters=1, lr=1.0, precision="fp32")
+    with parallel_state(runtime, train, threads_of_process(job.runtime)) as platform:
+        model = _load(Path(job.inputs["checkpoint"]), train, runtime, platform, job.config)
         answers = _answers(model, load_file(job.inputs["prompts"]), job.config["hidden"])
         save_file(answers, job.out / "answers.safetensors")
         return {"device": platform.device_name()}
 
 
-def _load(checkpoint: Path, runtime: RuntimeConfig, platform: Any, asked: dict[str, Any]) -> torch.nn.Module:
+def _load(
+    checkpoint: Path, train: TrainConfig, runtime: RuntimeConfig, platform: Any, asked: dict[str, Any]
+) -> torch.nn.Module:
     from megatron_ext.model.provider import build_model
     from megatron_ext.training.checkpoints import load_weights
     from megatron_ext.weights.layouts import fill_model
 
-    train = TrainConfig(seq_length=4096, global_batch_size=1, train_iters=1, lr=1.0, precision="fp32")
     manifest = CheckpointManifest.model_validate(asked["manifest"])
     model = build_model(manifest.architecture, train, runtime, platform).eval()
     if manifest.layout == "mp_rank":

@@ -27,7 +27,7 @@ from megatron_ext.events import Events, Follower
 from megatron_ext.families.base import Architecture
 from megatron_ext.guard import OWNERS
 from megatron_ext.platforms.base import select
-from megatron_ext.training.plan import parameters
+from megatron_ext.training.layout import parameters
 from megatron_ext.weights.certificate import LogitsFigures
 from megatron_ext.weights.manifest import CheckpointManifest
 from megatron_ext.weights.prompts import Prompt, make_prompts

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import column, run, write_checkpoint, write_dataset, write_job
+from training import column, run, write_checkpoint, write_dataset, write_job, write_text
 
 from megatron_ext.events import Events
 from megatron_ext.weights.export import export
@@ -17,6 +17,8 @@ from megatron_ext.weights.manifest import read_manifest
 TP2 = {"nproc_per_node": 2, "tensor_model_parallel_size": 2}
 PP2 = {"nproc_per_node": 2, "pipeline_model_parallel_size": 2}
 DP2 = {"nproc_per_node": 2}
+CP2 = {"nproc_per_node": 2, "context_parallel_size": 2}
+VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,40 @@ def test_pipeline_stages_equal_one_process(base: Path) -> None:
 @pytest.mark.distributed
 def test_data_parallel_ranks_with_sharded_optimizer_equal_one_process(base: Path) -> None:
     assert_same(base / "one", trained(base, "dp2", DP2))
+
+
+@pytest.mark.distributed
+def test_interleaved_pipeline_stages_equal_one_process(base: Path) -> None:
+    assert_same(base / "one", trained(base, "vpp2", VPP2))
+
+
+@pytest.mark.distributed
+def test_ranks_that_share_the_context_equal_one_process(base: Path) -> None:
+    checkpoint = base / "base" / "checkpoint"
+    text = write_text(base / "text", checkpoint, np.random.default_rng(2).integers(20, 200, 50).tolist())
+    for name, runtime in (("text-one", {}), ("text-cp2", CP2)):
+        run(write_job(base / name, checkpoint, text, runtime=runtime))
+    assert_same(base / "text-one", base / "text-cp2")
+    padded = {"packing": False}
+    assert_same(trained(base, "padded-one", {}, padded), trained(base, "padded-cp2", CP2, padded))
+
+
+def test_recomputation_changes_no_digit(base: Path) -> None:
+    ways = {
+        "selective": {"recompute_granularity": "selective"},
+        "uniform": {"recompute_granularity": "full", "recompute_num_layers": 2},
+        "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
+    }
+    for name, runtime in ways.items():
+        assert_same(base / "one", trained(base, name, runtime), tolerance=0)
+
+
+def test_fp16_finds_its_loss_scale_and_follows_fp32(base: Path) -> None:
+    out = trained(base, "fp16", {}, {"precision": "fp16", "initial_loss_scale": 2.0**14, "train_iters": 8})
+    assert column(out, "skipped")[0] == 1.0
+    assert column(out, "loss_scale")[0] > column(out, "loss_scale")[-1]
+    assert column(out, "skipped")[-1] == 0.0
+    assert column(out, "loss")[0] == pytest.approx(column(base / "one", "loss")[0], abs=1e-3)
 
 
 def test_micro_batch_size_does_not_change_the_result(base: Path) -> None:

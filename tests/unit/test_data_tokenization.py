@@ -206,7 +206,10 @@ def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(tmp_path):
 
 def test_a_tokenizer_that_is_missing_broken_or_incomplete_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ROWS[:3])
-    with pytest.raises(SourceError, match=r"has no tokenizer\.json and no tokenizer\.model, one of which tokenizing needs; make one with"):
+    with pytest.raises(
+        SourceError,
+        match=r"has no tokenizer\.json and no tokenizer\.model, one of which tokenizing needs; make one with",
+    ):
         tokenized(path, tmp_path, tmp_path / "out")
     model = write_chat_tokenizer(tmp_path / "model", added_tokens_decoder={"999": {"content": "<new>"}})
     with pytest.raises(VocabularyError, match="adds token '<new>' as id 999"):

@@ -14,8 +14,9 @@ from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.data.idxmap import IdxmapWriter
 from megatron_ext.errors import ConfigError, DatasetFormatError, ParallelismError, SourceError, UserError
 from megatron_ext.families.base import Architecture
-from megatron_ext.training.loop import prepare
-from megatron_ext.training.plan import check_layout, disk_needed, make_plan, parameters, planned_iterations
+from megatron_ext.training.layout import check_layout, disk_needed, parameters
+from megatron_ext.training.plan import make_plan, planned_iterations
+from megatron_ext.training.setup import prepare
 from megatron_ext.weights.manifest import CheckpointManifest, write_latest, write_manifest
 from megatron_ext.worker import Job
 
@@ -192,7 +193,8 @@ def test_parameters_are_counted_as_transformers_counts_them() -> None:
     [
         ({"tokenizer_digest": "cd" * 16}, {}, "VocabularyError", "mflow tokenize with the tokenizer of this model"),
         ({"max_token_id": 512}, {}, "VocabularyError", "token id 512, but the model has 512"),
-        ({"kind": "preference"}, {}, "DatasetFormatError", "'preference'"),
+        ({"kind": "preference"}, {}, "SourceError", "chosen_tokens.idx does not exist"),
+        ({"kind": "song"}, {}, "DatasetFormatError", "'song'"),
         ({}, {"nproc_per_node": 3}, "ParallelismError", "data-parallel size 3"),
     ],
 )
