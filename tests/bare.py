@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from megatron_ext.families.base import Part, Weight
 from megatron_ext.weights.rules import Copy, Move
+from megatron_ext.weights.streams import HFReader
 
 
 def bare_weight(key: str, shape: tuple[int, ...], index: tuple[int, ...] = ()) -> Weight:
@@ -17,7 +20,6 @@ def bare_weight(key: str, shape: tuple[int, ...], index: tuple[int, ...] = ()) -
 
 def bare_model(folder: Path, layers: int, dtype: str = "bfloat16") -> Path:
     """A llama of 12 MB a layer and a 16 MB embedding in bf16, all ones, without a tokenizer."""
-    import torch
     from safetensors.torch import save_file
 
     h, f, v = 512, 3072, 16384
@@ -37,3 +39,18 @@ def bare_model(folder: Path, layers: int, dtype: str = "bfloat16") -> Path:
     tensors = {name: torch.ones(shape, dtype=getattr(torch, dtype)) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def gathered(weight: Weight, source: HFReader, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of the megatron-core weight, put together from those of the Hugging Face weights."""
+    pieces = []
+    for part, first, target, rows in weight.moves:
+        low, high = max(start, target), min(start + count, target + rows)
+        if low < high:
+            pieces.append(source.rows(weight.parts[part], first + low - target, high - low))
+    if len(pieces) == 1:
+        return pieces[0].to(dtype)
+    block = torch.empty((count, *weight.own_shape[1:]), dtype=dtype)
+    for target, piece in zip(block.split([len(piece) for piece in pieces]), pieces, strict=True):
+        target.copy_(piece)
+    return block

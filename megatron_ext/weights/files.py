@@ -33,7 +33,7 @@ class PlacedFile:
 
     def put(self, offset: int, content: bytes | torch.Tensor) -> None:
         """Write bytes, or a tensor's elements in their order, at ``offset``; any number of threads may."""
-        view = memoryview(_bytes_of(content) if isinstance(content, torch.Tensor) else content)
+        view = memoryview(bytes_of(content) if isinstance(content, torch.Tensor) else content)
         while view:
             written = os.pwrite(self._descriptor, view, offset)
             view, offset = view[written:], offset + written
@@ -71,7 +71,7 @@ class OpenFile:
         Raises:
             EOFError: the file ends before.
         """
-        view = memoryview(_bytes_of(out))
+        view = memoryview(bytes_of(out))
         while view:
             count = os.preadv(self._descriptor, [view], offset)
             if count == 0:
@@ -114,7 +114,8 @@ class _Section(io.RawIOBase):
         return count
 
 
-def _bytes_of(tensor: torch.Tensor) -> Any:
+def bytes_of(tensor: torch.Tensor) -> Any:
+    """The tensor's elements in their order as a buffer; its own memory where it is contiguous."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
 
 

@@ -1,7 +1,6 @@
 """Rows on their way: a few threads read, transform and write pieces of them while what was written goes to the disk.
 
-Whatever the model's size, only one piece a thread is in memory. A piece is small enough to stay in a processor's
-cache between reading and writing.
+Whatever the model's size, only one piece a thread is in memory.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from megatron_ext.weights.casting import cast
 from megatron_ext.weights.hf import TensorInfo
 from megatron_ext.weights.rules import Move
 from megatron_ext.weights.streams import (
+    PIECE_BYTES,
     CheckpointReader,
     CheckpointWriter,
     HFReader,
@@ -30,7 +30,6 @@ from megatron_ext.weights.streams import (
     row_bytes,
 )
 
-PIECE_BYTES = 2 << 20
 MOST_THREADS = 8
 SYNC_SECONDS, PROGRESS_SECONDS = 0.1, 0.5
 Piece = list[tuple[Weight, Move]]

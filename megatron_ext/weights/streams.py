@@ -11,8 +11,8 @@ import torch
 from megatron_ext.families.base import Part, Weight
 from megatron_ext.weights.rules import Move
 
-PIECE_BYTES = 64 << 20
-"""Most bytes of a tensor that are in memory at once, if its rows are not larger."""
+PIECE_BYTES = 2 << 20
+"""Most bytes of rows that are read, transformed and written at once, if one row is not larger: a processor's cache."""
 
 
 class HFReader(Protocol):
@@ -72,7 +72,7 @@ class HFWriter(Protocol):
         """Check that everything came, and finish."""
 
 
-def row_blocks(weight: Weight, dtype: torch.dtype, most: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+def row_blocks(weight: Weight, dtype: torch.dtype, most: int) -> Iterator[tuple[int, int]]:
     """(start, count) of blocks of the weight's rows, each of ``most`` bytes at most."""
     total = weight.own_shape[0]
     step = max(1, most // row_bytes(weight.own_shape, dtype))
@@ -86,21 +86,6 @@ def bounded(moves: Iterable[Move], bytes_a_row: int, most: int = PIECE_BYTES) ->
     for part, source, target, rows in moves:
         for done in range(0, rows, step):
             yield Move(part, source + done, target + done, min(step, rows - done))
-
-
-def gathered(weight: Weight, source: HFReader, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of the megatron-core weight, put together from those of the Hugging Face weights."""
-    pieces = []
-    for part, first, target, rows in weight.moves:
-        low, high = max(start, target), min(start + count, target + rows)
-        if low < high:
-            pieces.append(source.rows(weight.parts[part], first + low - target, high - low))
-    if len(pieces) == 1:
-        return pieces[0].to(dtype)
-    block = torch.empty((count, *weight.own_shape[1:]), dtype=dtype)
-    for target, piece in zip(block.split([len(piece) for piece in pieces]), pieces, strict=True):
-        target.copy_(piece)
-    return block
 
 
 def row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

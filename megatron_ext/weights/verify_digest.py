@@ -21,10 +21,11 @@ import xxhash
 from megatron_ext.errors import CheckpointError, SourceError, VerificationError, WeightMappingError
 from megatron_ext.events import Events
 from megatron_ext.families.base import Part, Weight
+from megatron_ext.weights.files import bytes_of
 from megatron_ext.weights.hf import NAMES, TensorInfo
-from megatron_ext.weights.pipeline import PIECE_BYTES, Progress
+from megatron_ext.weights.pipeline import Progress
 from megatron_ext.weights.rules import Move
-from megatron_ext.weights.streams import CheckpointReader, HFReader, bounded, row_bytes
+from megatron_ext.weights.streams import PIECE_BYTES, CheckpointReader, HFReader, bounded, row_bytes
 
 THREADS = 2
 Direction = Literal["to_checkpoint", "to_model"]
@@ -146,7 +147,7 @@ class _Running:
         """The rows from ``start`` on; ignored if others should have come before."""
         if start == self._next:
             self._next += len(rows)
-            self._hasher.update(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._hasher.update(bytes_of(rows))
 
     @property
     def whole(self) -> bool:

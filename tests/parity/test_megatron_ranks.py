@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bare import gathered
 from mcore_worker import run_worker
 from tiny import write_model
 
@@ -15,7 +16,7 @@ from megatron_ext.weights.megatron_names import FILE, Naming, Sizes
 from megatron_ext.weights.megatron_ranks import MegatronRanksReader
 from megatron_ext.weights.megatron_writer import MegatronRanksWriter, RankLayout
 from megatron_ext.weights.planning import architecture_of, checkpoint_dtypes
-from megatron_ext.weights.streams import gathered, row_blocks
+from megatron_ext.weights.streams import row_blocks
 
 LAYOUTS = {
     2: (
