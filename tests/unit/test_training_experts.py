@@ -8,7 +8,7 @@ from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.errors import ParallelismError
 from megatron_ext.families import find_family
 from megatron_ext.families.hf_config import read_architecture
-from megatron_ext.training.plan import check_layout, parameters
+from megatron_ext.training.layout import check_layout, parameters
 
 TRAIN = TrainConfig(seq_length=32, global_batch_size=8, train_iters=10, lr=1e-3)
 CONFIG = {

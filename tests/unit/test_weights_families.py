@@ -14,7 +14,7 @@ from megatron_ext.errors import SourceError, UnsupportedModelError
 from megatron_ext.families import available, find_family
 from megatron_ext.families.base import Architecture
 from megatron_ext.families.hf_config import read_architecture
-from megatron_ext.training.plan import parameters
+from megatron_ext.training.layout import parameters
 
 ALL = available()
 ROUTINGS = [("mixtral", True, topk) for topk in (2, 5)] + [

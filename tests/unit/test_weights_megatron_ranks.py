@@ -26,7 +26,7 @@ from megatron_ext.errors import (
     WeightMappingError,
 )
 from megatron_ext.events import Events, Follower
-from megatron_ext.training.loop import prepare
+from megatron_ext.training.setup import prepare
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 from megatron_ext.weights.manifest import MANIFEST, read_manifest
