@@ -8,7 +8,7 @@ from typing import Any
 from megatron_ext.config import Section
 from megatron_ext.errors import ConfigError, unknown
 
-FLOWS = {"full-sft": "flows.full_sft"}
+FLOWS = {"full-sft": "flows.full_sft", "upcycle-sft": "flows.upcycle_sft"}
 """Flow -> its module, which has the plain ``sentence`` and, under the flow's name, the Prefect flow."""
 STAGES = (
     "pin-sources",

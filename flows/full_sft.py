@@ -28,7 +28,7 @@ def sentence(
     evaluate = evaluate.asked_as(data.chat_template)
     sources = pin_sources(model, data, evaluate)
     base = convert_checkpoint.submit(model, sources, runtime=runtime)
-    tokens = tokenize_dataset.submit(data, sources, runtime=runtime)
+    tokens = tokenize_dataset.submit(data, sources, runtime=runtime, extra_vocab_size=model.extra_vocab_size)
     scores = {"base": evaluate_base(evaluate, sources, runtime=runtime)} if evaluate.baseline else {}
     trained = train_model(train, base, tokens, runtime=runtime)
     exported = export_checkpoint(model, trained, sources, runtime=runtime)

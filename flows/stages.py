@@ -28,14 +28,18 @@ def _convert(model: ModelConfig, runtime: RuntimeConfig = HERE) -> McoreCheckpoi
 
 def _tokenize(model: ModelConfig, data: DataConfig, runtime: RuntimeConfig = HERE) -> IdxmapDataset:
     """Turn conversations into token ids and loss masks."""
-    return tokenization.tokenize_dataset(data, pin.pin_sources(model, data), runtime=runtime)
+    return tokenization.tokenize_dataset(
+        data, pin.pin_sources(model, data), runtime=runtime, extra_vocab_size=model.extra_vocab_size
+    )
 
 
 def _train(model: ModelConfig, data: DataConfig, train: TrainConfig, runtime: RuntimeConfig = HERE) -> Training:
     """Fine-tune a model."""
     sources = pin.pin_sources(model, data)
     base = convert.convert_checkpoint.submit(model, sources, runtime=runtime)
-    tokens = tokenization.tokenize_dataset.submit(data, sources, runtime=runtime)
+    tokens = tokenization.tokenize_dataset.submit(
+        data, sources, runtime=runtime, extra_vocab_size=model.extra_vocab_size
+    )
     return training.train_model(train, base, tokens, runtime=runtime)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.config import DataConfig, EvalConfig, ModelConfig, RuntimeConfig, TrainConfig
 from megatron_ext.data.chat_templates import chat_template_identity
 from megatron_ext.demo.model import SIZES, VOCAB_SIZE
+from megatron_ext.errors import VocabularyError
 from megatron_ext.evaluation.task_names import LocalTasks, read_local_tasks, require_known
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture
@@ -14,7 +17,11 @@ from megatron_ext.families.hf_config import read_architecture
 from megatron_ext.hf_folder import read_config
 from megatron_ext.training.layout import check_layout
 from megatron_ext.training.plan import check_schedule, iterations_without_data
+from megatron_ext.weights.changes import asked_changes, changed_config
 from tasks.sources import DemoName, Files, data_source, model_source, source_digests, tasks_source
+
+DEMO = {"model_type": "qwen2", **SIZES, "vocab_size": VOCAB_SIZE}
+"""config.json of the demo before it is made; its vocabulary may turn out a little smaller."""
 
 
 def check_recipe(
@@ -34,7 +41,9 @@ def check_recipe(
     digests = source_digests()
     source = model_source(model, digests, download=download)
     folder = source.places["config.json"].parent if isinstance(source, Files) else None
-    architecture = architecture_of(folder) if folder else _demo_architecture()
+    architecture = architecture_of(read_config(folder) if folder else DEMO, model)
+    if folder and model.extra_vocab_size:
+        _check_vocabulary(model, folder, evaluate)
     if data:
         data_source(data, digests)
         if data.chat_template or folder:
@@ -50,10 +59,23 @@ def check_recipe(
     return architecture
 
 
-def architecture_of(folder: Path) -> Architecture:
-    """The shape of the model in a Hugging Face folder."""
-    config = read_config(folder)
-    return read_architecture(find_family(str(config.get("model_type"))), config)
+def architecture_of(config: Mapping[str, Any], model: ModelConfig) -> Architecture:
+    """The shape of the model that is trained: that of ``config``, changed as ``model`` asks."""
+    changed = changed_config(config, asked_changes(config, model))
+    return read_architecture(find_family(str(changed.get("model_type"))), changed)
+
+
+def _check_vocabulary(model: ModelConfig, folder: Path, evaluate: EvalConfig | None) -> None:
+    """A tokenizer with more tokens than the model will have, or, to be scored as it is, has already."""
+    from megatron_ext.data.tokenizers import load_tokenizer, require_vocabulary
+
+    _, largest = require_vocabulary(load_tokenizer(folder), folder, model.extra_vocab_size)
+    rows = read_config(folder)["vocab_size"]
+    if evaluate and evaluate.baseline and largest >= rows:
+        raise VocabularyError(
+            f"evaluate.baseline: the base model has {rows} rows and cannot read the tokens up to {largest} of its "
+            "tokenizer; set evaluate.baseline to false"
+        )
 
 
 def _check_tasks(evaluate: EvalConfig, source: DemoName | Files | None) -> None:
@@ -62,8 +84,3 @@ def _check_tasks(evaluate: EvalConfig, source: DemoName | Files | None) -> None:
         require_known(evaluate.tasks, read_local_tasks(Path(evaluate.include_path or "").expanduser()))
     elif source is None:
         require_known(evaluate.tasks, LocalTasks(frozenset(), needs_hub=True))
-
-
-def _demo_architecture() -> Architecture:
-    """Known before the demo is made; its vocabulary may turn out a little smaller."""
-    return read_architecture(find_family("qwen2"), {**SIZES, "vocab_size": VOCAB_SIZE})

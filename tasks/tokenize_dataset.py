@@ -12,10 +12,13 @@ from tasks.templates import template_argument, template_identity
 
 
 @stage("tokenize-dataset", version=2, makes=IdxmapDataset)
-def tokenize_dataset(data: DataConfig, sources: Sources, *, runtime: RuntimeConfig) -> Build:
+def tokenize_dataset(data: DataConfig, sources: Sources, *, runtime: RuntimeConfig, extra_vocab_size: int = 0) -> Build:
     """Tokenize ``data.files`` with the model's tokenizer, loss masks included. The weights do not matter here.
 
+    ``extra_vocab_size`` is how many tokens the tokenizer may have beyond the model's vocabulary.
+
     Raises:
+        VocabularyError: it has more.
         DatasetFormatError: a row does not fit ``data.format``; names file, row and field.
         ChatTemplateError: no template of that name.
         WorkerFailedError: the subprocess died; ends with the last lines of its log.
@@ -28,6 +31,7 @@ def tokenize_dataset(data: DataConfig, sources: Sources, *, runtime: RuntimeConf
         config={
             **options,
             "chat_template": template_argument(data.chat_template),
+            "extra_vocab_size": extra_vocab_size,
             "sources": [list(given) for given in sources.data_blend],
         },
         inputs={"files": sources.data, "tokenizer": sources.tokenizer},

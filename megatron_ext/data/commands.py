@@ -34,6 +34,9 @@ def tokenize(
     last_turn_only: Annotated[bool, typer.Option("--last-turn-only", help="Train the last answer alone.")] = False,
     train_on_prompt: Annotated[bool, typer.Option("--train-on-prompt", help="Train the prompt, too.")] = False,
     slow_tokenizer: Annotated[bool, typer.Option("--slow-tokenizer", help="Take the Python tokenizer.")] = False,
+    extra_vocab_size: Annotated[
+        int, typer.Option(min=0, help="Tokens that the tokenizer may have beyond the model's vocab_size.")
+    ] = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -50,6 +53,7 @@ def tokenize(
             partial,
             events=events,
             workers=workers,
+            extra_vocab_size=extra_vocab_size,
             format=format,
             chat_template=chat_template,
             columns=_pairs(columns),

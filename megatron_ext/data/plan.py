@@ -96,7 +96,9 @@ class Plan:
         return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
-def make_plan(files: Sequence[str | Path | Source], folder: Path, out: Path, options: TokenizeOptions) -> Plan:
+def make_plan(
+    files: Sequence[str | Path | Source], folder: Path, out: Path, options: TokenizeOptions, extra_vocab_size: int = 0
+) -> Plan:
     """Check what can be checked at once, and decide formats, kind and ids. Nothing is written.
 
     Raises:
@@ -111,7 +113,7 @@ def make_plan(files: Sequence[str | Path | Source], folder: Path, out: Path, opt
     require_columns(options.columns, options.format)
     sources = expand(list(files))
     tokenizer = load_tokenizer(folder, slow=options.slow_tokenizer)
-    vocab_size, largest = require_vocabulary(tokenizer, folder)
+    vocab_size, largest = require_vocabulary(tokenizer, folder, extra_vocab_size)
     if (size := text_size(sources)) is not None:
         values = token_dtype(max(vocab_size, largest + 1)).itemsize + (options.format != "text")
         # a token for every two bytes of text, which is rather too many

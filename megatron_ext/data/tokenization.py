@@ -49,7 +49,8 @@ from megatron_ext.worker import Job
 def run(job: Job, events: Events) -> dict[str, Any]:
     """The worker's entry: inputs ``files`` and ``tokenizer``, config the fields of ``TokenizeOptions``.
 
-    ``sources`` in the config holds ``[weight, input]`` of each file, where a recipe gave weights.
+    ``extra_vocab_size`` in the config is as for ``tokenize``; ``sources`` holds ``[weight, input]`` of each file, where
+    a recipe gave weights.
     """
     options = dict(job.config)
     given = options.pop("sources", None) or [(1.0, "")] * len(job.inputs["files"])
@@ -65,6 +66,7 @@ def tokenize(
     *,
     events: Events,
     workers: int | None = None,
+    extra_vocab_size: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
     """Tokenize data files into the dataset folder ``out``; the bytes depend on the input and the options alone.
@@ -75,6 +77,7 @@ def tokenize(
         tokenizer: Hugging Face folder with the tokenizer, and config.json if the vocabulary is to be checked.
         out: folder to write; what a killed attempt at the same left there is gone on with, anything else is cleared.
         workers: threads (text) or processes (conversations); None takes one for each core.
+        extra_vocab_size: tokens that the tokenizer may have beyond the model's vocabulary.
         options: fields of ``config.TokenizeOptions``.
 
     Returns:
@@ -89,7 +92,8 @@ def tokenize(
         DiskSpaceError: too little room for the result.
     """
     started = time.monotonic()
-    plan = make_plan(files, tokenizer, out, validated(TokenizeOptions, options, "the options of tokenize"))
+    checked = validated(TokenizeOptions, options, "the options of tokenize")
+    plan = make_plan(files, tokenizer, out, checked, extra_vocab_size)
     _tell(plan, events)
     with full_disk_named(out):
         manifest = _build(plan, out, workers or available_cores(), events)

@@ -83,8 +83,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def require_vocabulary(tokenizer: Tokenizer | SlowTokenizer, folder: Path) -> tuple[int, int]:
+def require_vocabulary(
+    tokenizer: Tokenizer | SlowTokenizer, folder: Path, extra_vocab_size: int = 0
+) -> tuple[int, int]:
     """Refuse a tokenizer that can produce ids the model of the same folder has no embedding for.
+
+    ``extra_vocab_size`` is how many rows the embedding gets when the model is converted.
 
     Returns:
         Number of tokens, largest id.
@@ -97,10 +101,12 @@ def require_vocabulary(tokenizer: Tokenizer | SlowTokenizer, folder: Path) -> tu
     if (folder / "config.json").is_file():
         config = read_config(folder)
         rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-        if isinstance(rows, int) and largest >= rows:
+        if isinstance(rows, int) and largest >= rows + extra_vocab_size:
+            extra = f" + {extra_vocab_size} (extra_vocab_size)" if extra_vocab_size else ""
             raise VocabularyError(
                 f"the tokenizer of {folder} has token {token!r} with id {largest}, but the model's vocab_size is "
-                f"{rows} (config.json); use the tokenizer that the model was trained with, or another model"
+                f"{rows} (config.json){extra}; use the tokenizer that the model was trained with, or give the model "
+                f"rows for the new tokens with extra_vocab_size {largest + 1 - rows}"
             )
     return len(vocabulary), largest
 

@@ -48,7 +48,8 @@ def render(inputs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     manifest = _read_json(Path(inputs["training"]) / "manifest.json")
     results = {name: _read_json(Path(folder) / "results.json") for name, folder in inputs["evaluations"].items()}
     recipe = config.get("recipe", {})
-    title = f"full-sft: {recipe.get('model', {}).get('path', manifest['family'])}"
+    flow = "upcycle-sft" if recipe.get("model", {}).get("upcycle") else "full-sft"
+    title = f"{flow}: {recipe.get('model', {}).get('path', manifest['family'])}"
     parts = [
         _head(title, manifest, recipe),
         page.cards(_headlines(results, metrics, manifest)),
@@ -187,8 +188,29 @@ def _verification(inputs: Mapping[str, Any]) -> str:
         certificate = read_certificate(Path(inputs[role]))
         told = facts(certificate) if certificate else {"level": "none: it was not compared with what it was made from"}
         blocks.append(page.facts(title, told))
+    if changes := _read_json(Path(inputs["checkpoint"]) / "manifest.json").get("changes"):
+        blocks.append(page.facts("Changed by the conversion", _changes(changes)))
     note = '<p class="dim">Read back from the files before they were published; each holds its certificate.json.</p>'
     return f'<div class="columns">{"".join(blocks)}</div>{note}'
+
+
+def _changes(changes: Mapping[str, Any]) -> dict[str, str]:
+    """What made another model of the source, for a person."""
+    told = {}
+    if changes["extra_vocab_size"]:
+        told["extra vocabulary"] = f"{changes['extra_vocab_size']:,} rows, {changes['extra_vocab_init']}"
+    if asked := changes["upcycle"]:
+        noise = f" with noise of {asked['noise_std']:g}" if asked["noise_std"] else ""
+        told["experts"] = f"{asked['num_experts']} a layer, copies of the dense MLP{noise}; {asked['topk']} a token"
+        told["router"] = f"random, standard deviation {asked['router_init_std']:g}, seed {asked['seed']}"
+        figures = changes["step_zero"]
+        told["logits before training"] = (
+            f"differ from the dense model's by {figures['max_difference']:.2g} at most "
+            f"(largest {figures['max_logit']:.3g}), {figures['positions']:,} positions"
+            if figures
+            else "not compared with the dense model's"
+        )
+    return told
 
 
 def _what_ran(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flows import upcycle_sft
 from flows.catalog import sections_of
 from flows.explaining import explain_recipe, planned_stages
 from flows.full_sft import sentence
@@ -17,13 +18,23 @@ from megatron_ext.errors import ConfigError, SourceError, UnsupportedModelError,
 from tasks.checks import check_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "deployments" / "recipes" / "demo_sft.yaml"
+DEMO, DEMO_UPCYCLE = (ROOT / "deployments" / "recipes" / f"demo_{name}.yaml" for name in ("sft", "upcycle"))
 CONFIG = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 64, "hidden_size": 16,
     "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True,
 }  # fmt: skip
 
+TOKENIZER = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": 66, "content": "<b>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False}
+        ],
+        "model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(66)}, "merges": []},
+    }
+)  # fmt: skip
 TASKS = {"evaluate.include_path": "tasks", "evaluate.tasks": ["t"]}
 
 
@@ -221,11 +232,58 @@ def test_a_typo_in_a_nested_key_is_refused_with_the_right_one() -> None:
         load_recipe(DEMO, ["train.lrr=1"])
 
 
-def test_the_deployment_carries_the_demo_recipe() -> None:
+@pytest.mark.parametrize("options", [{"num_experts": 4}, {"num_experts": 4, "seed": 7}])
+def test_upcycling_converts_again_and_tokenizes_and_scores_the_base_once(place: Path, options: dict) -> None:
+    after = fingerprints(**{"model.upcycle": options})
+    assert changed(fingerprints(), after) == DOWNSTREAM | {"convert-checkpoint"}
+    assert changed(fingerprints(**{"model.upcycle": {"num_experts": 8}}), after) == DOWNSTREAM | {"convert-checkpoint"}
+
+
+def test_extra_vocabulary_converts_again_and_how_it_starts_matters_where_there_is_some(place: Path) -> None:
+    (place / "model" / "tokenizer.json").write_text(TOKENIZER)
+    extra = {"model.extra_vocab_size": 5}
+    assert changed(fingerprints(), fingerprints(**extra)) == DOWNSTREAM | {"convert-checkpoint"}
+    zeros = {"model.extra_vocab_init": "zeros"}
+    assert "convert-checkpoint" in changed(fingerprints(**extra), fingerprints(**extra, **zeros))
+    assert "convert-checkpoint" not in changed(fingerprints(), fingerprints(**zeros))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model.extra_vocab_size": 2}, r"'<b>' with id 66, but .* 64 .* \+ 2 .*extra_vocab_size 3"),
+        ({"model.extra_vocab_size": 3}, r"evaluate\.baseline: the base model has 64 rows"),
+    ],
+)
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused_before_anything_runs(
+    place: Path, settings: dict, words: str
+) -> None:
+    (place / "model" / "tokenizer.json").write_text(TOKENIZER)
+    with pytest.raises(UserError, match=words):
+        check_recipe(**recipe(**settings))
+    assert check_recipe(**recipe(**{"model.extra_vocab_size": 3, "evaluate.baseline": False})).vocab_size == 67
+
+
+def test_the_shape_that_is_checked_is_that_of_the_experts(place: Path) -> None:
+    shape = check_recipe(**recipe(**{"model.upcycle": {"num_experts": 4}}))
+    assert (shape.num_moe_experts, shape.moe_ffn_hidden_size) == (4, 32)
+    with pytest.raises(UnsupportedModelError, match="use_sliding_window"):
+        (place / "model" / "config.json").write_text(json.dumps(CONFIG | {"use_sliding_window": True}))
+        check_recipe(**recipe(**{"model.upcycle": {"num_experts": 4}}))
+
+
+def test_flow_upcycle_sft_needs_upcycling(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.upcycle.*full-sft"):
+        planned_stages(upcycle_sft.sentence, recipe())
+
+
+@pytest.mark.parametrize(("name", "path"), [("full-sft", DEMO), ("upcycle-sft", DEMO_UPCYCLE)])
+def test_the_deployment_carries_the_demo_recipe(name: str, path: Path) -> None:
     import yaml
 
     deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
-    demo = next(d for d in deployments if d["name"] == "full-sft")
-    assert demo["parameters"] == yaml.safe_load(DEMO.read_text())
-    assert [d["name"] for d in deployments if d["entrypoint"] == demo["entrypoint"]] == ["full-sft", "gpu", "ascend"]
+    demo = next(d for d in deployments if d["name"] == name)
+    assert demo["parameters"] == yaml.safe_load(path.read_text())
+    elsewhere = ["gpu", "ascend"] if name == "full-sft" else []
+    assert [d["name"] for d in deployments if d["entrypoint"] == demo["entrypoint"]] == [name, *elsewhere]
     assert len({d["name"] for d in deployments}) == len(deployments)
