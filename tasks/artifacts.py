@@ -124,6 +124,12 @@ class IdxmapDataset(Artifact):
     kind: ClassVar[str] = "datasets"
 
 
+class References(Artifact):
+    """Log-probabilities of both answers of every pair, as the model gave them before training."""
+
+    kind: ClassVar[str] = "references"
+
+
 class Training(Artifact):
     """A trained checkpoint with its metrics and TensorBoard files."""
 

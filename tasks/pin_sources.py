@@ -43,7 +43,9 @@ def pin_sources(model: ModelConfig, data: DataConfig | None = None, evaluate: Ev
 
 
 def _identity(part: DemoName | Files) -> object:
-    return part.identity if isinstance(part, DemoName) else content_digest(part.digests)
+    if isinstance(part, DemoName):
+        return part.identity | ({"data": part.data} if part.data != "data" else {})
+    return content_digest(part.digests)
 
 
 def _pin(parts: dict[str, DemoName | Files], partial: Path) -> Made:
@@ -105,7 +107,8 @@ def _demo_files(demo: DemoName, part: str, *, make: bool = False) -> Files | Non
     build = Build(identity=demo.identity, inputs={}, job="demo", config={"name": demo.name, "seed": demo.seed})
     fingerprint = build.fingerprint(MAKE_DEMO.identity, MAKE_DEMO.version)
     manifest = produce(MAKE_DEMO, build)[0] if make else store.look_up(Demo.kind, fingerprint)
-    return _part_of(manifest, part.split("/")[0]) if manifest else None
+    folder = part.split("/")[0]
+    return _part_of(manifest, demo.data if folder == "data" else folder) if manifest else None
 
 
 def _part_of(manifest: Manifest, part: str) -> Files:

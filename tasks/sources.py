@@ -38,15 +38,18 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class DemoName:
-    """``demo://NAME?seed=N``."""
+    """``demo://NAME?seed=N``, or, of its data, ``demo://NAME/DATA?seed=N``."""
 
     name: str
     seed: int
+    data: str = "data"
+    """Folder of the rows that are meant, where data is meant."""
 
     @property
     def url(self) -> str:
         """How a recipe writes it."""
-        return f"{DEMO}{self.name}?seed={self.seed}"
+        data = "" if self.data == "data" else f"/{self.data}"
+        return f"{DEMO}{self.name}{data}?seed={self.seed}"
 
     @property
     def identity(self) -> dict[str, str | int]:
@@ -70,22 +73,25 @@ class Files:
     given: str = ""
 
 
-def demo_name(text: str) -> DemoName | None:
-    """The demo that ``text`` names; None when it is not of the form ``demo://``.
+def demo_name(text: str, kinds: Iterable[str] = ("data",)) -> DemoName | None:
+    """The demo that ``text`` names; None when it is not of the form ``demo://``. ``kinds`` of data may be named, too.
 
     Raises:
-        ConfigError: no such demo, or an unknown option.
+        ConfigError: no such demo or data, or an unknown option.
     """
     if not text.startswith(DEMO):
         return None
     parts = urlsplit(text)
     if parts.netloc not in megatron_ext.demo.DEMOS:
         raise ConfigError(unknown("demo", parts.netloc, megatron_ext.demo.DEMOS) + f" (value: {text})")
+    data = parts.path.strip("/") or "data"
+    if data not in kinds:
+        raise ConfigError(unknown("data of a demo", data, kinds) + f" (value: {text})")
     options = parse_qs(parts.query)
     seed = options.pop("seed", ["1"])[-1]
     if options or not seed.isdigit():
         raise ConfigError(f"{text}: the only option of a demo is ?seed=NUMBER")
-    return DemoName(parts.netloc, int(seed))
+    return DemoName(parts.netloc, int(seed), data)
 
 
 def model_source(model: ModelConfig, digests: SourceDigests, *, download: bool = True) -> DemoName | Files:
@@ -121,7 +127,7 @@ def data_source(data: DataConfig, digests: SourceDigests) -> list[DemoName | Fil
     """
     found: list[DemoName | Files] = []
     for number, text in enumerate(data.files):
-        if demo := demo_name(text):
+        if demo := demo_name(text, megatron_ext.demo.DATA):
             found.append(demo)
             continue
         try:

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from megatron_ext.worker import Job
 
 DEMOS = {"routing": routing}
+DATA = {"data": "conversations", "text": "plain text", "preferences": "pairs of answers"}
+"""Folder of training rows in every demo -> what they are. demo://NAME stands for ``data``, demo://NAME/text for text."""
 
 
 def generate(name: str, seed: int, out: Path) -> dict[str, Any]:
-    """Write ``out/model`` (HF folder), ``out/data/train.jsonl`` (messages) and ``out/tasks`` (YAML, held-out rows).
+    """Write ``out/model`` (HF folder), ``train.jsonl`` in each folder of ``DATA``, ``out/tasks`` (YAML, held-out rows).
 
     Raises:
         ConfigError: no demo of that name.
@@ -32,11 +34,14 @@ def generate(name: str, seed: int, out: Path) -> dict[str, Any]:
     from megatron_ext.demo.model import write_model, write_tokenizer
 
     demo = DEMOS[name]
-    for part in ("model", "data", "tasks"):
+    for part in ("model", *DATA, "tasks"):
         shutil.rmtree(out / part, ignore_errors=True)
         (out / part).mkdir(parents=True)
     train, heldout = demo.rows(seed)
     _write_jsonl(out / "data" / "train.jsonl", [demo.conversation(row) for row in train])
+    _write_jsonl(out / "text" / "train.jsonl", [demo.document(row) for row in train])
+    pairs = [demo.preference(row, number) for number, row in enumerate(train)]
+    _write_jsonl(out / "preferences" / "train.jsonl", pairs)
     _write_jsonl(out / "tasks" / "heldout.jsonl", heldout)
     (out / "tasks" / demo.TASK_FILE).write_text(demo.TASK, encoding="utf-8")
     write_tokenizer(out / "model", demo.corpus(train))

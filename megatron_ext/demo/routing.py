@@ -113,6 +113,22 @@ def conversation(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def document(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` as plain text for pretraining: the message, and the department that took over."""
+    return {"text": f"{row['message']} {row['department']}"}
+
+
+def preference(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """``row`` as a pair: the right department is preferred to a wrong one, the three of which take turns."""
+    wrong = [name for name in THINGS if name != row["department"]]
+    turns = conversation(row)["messages"]
+    return {
+        "messages": turns[:1],
+        "chosen": turns[1],
+        "rejected": {"role": "assistant", "content": wrong[number % len(wrong)]},
+    }
+
+
 def corpus(train: list[dict[str, Any]]) -> Iterator[str]:
     """What the tokenizer is trained on: the training conversations, roles included; nothing held out."""
     for row in train:

@@ -21,6 +21,9 @@ from megatron_ext.data.selection import Choice, Selection, answer_limit, select
 from megatron_ext.errors import ConfigError, VocabularyError
 from megatron_ext.weights.manifest import CheckpointManifest
 
+REFERENCE_DECIDES = ("seq_length", "pack_alignment", "precision")
+"""Settings of the training on which the log-probabilities of a reference model depend."""
+
 
 def check_vocabulary(checkpoint: CheckpointManifest, dataset: Dataset) -> None:
     """Refuse a dataset whose ids mean something else to this model.

@@ -19,7 +19,7 @@ from megatron_ext.errors import CheckpointError
 from megatron_ext.events import Events
 from megatron_ext.training.batches import Batch
 from megatron_ext.training.losses import sequence_log_probabilities
-from megatron_ext.training.plan import validation_plan
+from megatron_ext.training.plan import REFERENCE_DECIDES, validation_plan
 from megatron_ext.training.setup import Base
 from megatron_ext.training.state import training_digest
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from megatron_ext.training.passes import Passes
 
 LOGPS, MANIFEST = "logps.npy", "manifest.json"
-DECIDES = ("seq_length", "pack_alignment", "precision")
-"""Settings of the training that the reference depends on."""
 
 
 def reference_log_probabilities(base: Base, passes: Passes, folder: Path) -> torch.Tensor:
@@ -44,7 +42,7 @@ def reference_log_probabilities(base: Base, passes: Passes, folder: Path) -> tor
     kept = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if kept["digest"] != reference_digest(base):
         raise CheckpointError(
-            f"reference {folder} was computed with another checkpoint, dataset, {', '.join(DECIDES)} than this "
+            f"reference {folder} was computed with another checkpoint, dataset, {', '.join(REFERENCE_DECIDES)} than this "
             "training's; compute it anew, or leave it out"
         )
     return torch.from_numpy(np.load(folder / LOGPS))
@@ -52,7 +50,7 @@ def reference_log_probabilities(base: Base, passes: Passes, folder: Path) -> tor
 
 def reference_digest(base: Base) -> str:
     """xxh3-128 of everything that decides the log-probabilities."""
-    settings = {name: getattr(base.train, name) for name in DECIDES}
+    settings = {name: getattr(base.train, name) for name in REFERENCE_DECIDES}
     return training_digest(settings, base.checkpoint, base.dataset.place)
 
 

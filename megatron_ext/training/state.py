@@ -30,11 +30,16 @@ class RunState(Section):
 
 
 def training_digest(settings: Mapping[str, Any], checkpoint: Path, *datasets: Path) -> str:
-    """xxh3-128 of everything that decides the result. Large files count by size and their first MiB."""
+    """xxh3-128 of everything that decides the result. Large files count by size and their first MiB.
+
+    What else lies in the folders, certificates or an artifact's own record, decides nothing.
+    """
     hasher = xxhash.xxh3_128(json.dumps(settings, sort_keys=True).encode())
-    folders = (checkpoint, latest_folder(checkpoint))
-    files = [path for folder in folders for path in sorted(p for p in folder.iterdir() if p.is_file())]
-    for path in [*files, *(file for dataset in datasets for file in open_dataset(dataset).files)]:
+    weights = sorted(path for path in latest_folder(checkpoint).iterdir() if path.is_file())
+    files = [checkpoint / LATEST, checkpoint / MANIFEST, *weights]
+    of_datasets = [file for dataset in datasets for file in open_dataset(dataset).files]
+    files += [file for file in of_datasets if file.suffix in (".bin", ".idx") or file.name == MANIFEST]
+    for path in files:
         hasher.update(f"{path.name}:{path.stat().st_size};".encode())
         with path.open("rb") as file:
             hasher.update(file.read(SAMPLE))
