@@ -45,17 +45,19 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}.store", rank=rank, world_size=world)
+    current = None
     for step in job:
-        parallel_state.initialize_model_parallel(
-            step.get("tp", 1),
-            step.get("pp", 1),
-            expert_model_parallel_size=step.get("ep", 1),
-            create_gloo_process_groups=False,
-        )
+        layout = [step.get(name, 1) for name in ("tp", "pp", "ep")]
+        if layout != current:  # groups are made once for steps of one layout: gloo keeps its threads for ever
+            parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel(
+                *layout[:2], expert_model_parallel_size=layout[2], create_gloo_process_groups=False
+            )
+            current = layout
+        tensor_parallel.get_cuda_rng_tracker().reset()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         run_step(step, platform)
-        parallel_state.destroy_model_parallel()
-        tensor_parallel.get_cuda_rng_tracker().reset()
+    parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
