@@ -5,15 +5,23 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from megatron_ext.config import Section
+from megatron_ext.config import DatasetFormat, Recipe
 from megatron_ext.errors import ConfigError, unknown
 
-FLOWS = {"full-sft": "flows.full_sft", "upcycle-sft": "flows.upcycle_sft"}
+FLOWS = {
+    "full-pretrain": "flows.full_pretrain",
+    "full-sft": "flows.full_sft",
+    "full-dpo": "flows.full_dpo",
+    "upcycle-sft": "flows.upcycle_sft",
+}
 """Flow -> its module, which has the plain ``sentence`` and, under the flow's name, the Prefect flow."""
+FORMATS: dict[str, DatasetFormat] = {"full-pretrain": "text", "full-dpo": "preference"}
+"""Flow -> the only format of data that it trains on."""
 STAGES = (
     "pin-sources",
     "convert-checkpoint",
     "tokenize-dataset",
+    "reference-logps",
     "train-model",
     "export-checkpoint",
     "evaluate-base",
@@ -33,6 +41,11 @@ def flow_module(name: str) -> Any:
     return import_module(FLOWS[name])
 
 
-def sections_of(recipe: Section) -> dict[str, Any]:
-    """The recipe's sections by name: the flow's parameters."""
-    return {name: getattr(recipe, name) for name in type(recipe).model_fields}
+def sections_of(recipe: Recipe, flow: str = "full-sft") -> dict[str, Any]:
+    """The recipe's sections by name: the flow's parameters. Where a flow takes one format of data only, it is named.
+
+    Raises:
+        ConfigError: the recipe names another format than the flow's.
+    """
+    sections = {name: getattr(recipe, name) for name in type(recipe).model_fields}
+    return sections | ({"data": recipe.data.holding(FORMATS[flow])} if flow in FORMATS else {})

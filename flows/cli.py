@@ -12,7 +12,7 @@ from flows.artifacts_cli import app as artifacts
 
 __all__ = ["artifacts", "deploy", "explain", "run", "up"]
 
-FlowName = Annotated[str, typer.Argument(metavar="FLOW", help="For instance full-sft.")]
+FlowName = Annotated[str, typer.Argument(metavar="FLOW", help="full-pretrain, full-sft, full-dpo or upcycle-sft.")]
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="For instance deployments/recipes/demo_sft.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: train.lr=1e-5.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

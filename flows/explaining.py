@@ -113,7 +113,7 @@ def explain_recipe(name: str, path: Path, overrides: list[str], as_json: bool) -
     Raises:
         UserError: the recipe or a source does not fit.
     """
-    module, sections = flow_module(name), sections_of(load_recipe(path, overrides))
+    module, sections = flow_module(name), sections_of(load_recipe(path, overrides), name)
     architecture = check_recipe(**sections, download=False)
     plan = planned_stages(module.sentence, sections)
     stages = explain(plan)

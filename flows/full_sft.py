@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ext.config import DataConfig, EvalConfig, ModelConfig, RuntimeConfig, SFTRecipe, TrainConfig
+from megatron_ext.config import DataConfig, EvalConfig, ModelConfig, Recipe, RuntimeConfig, TrainConfig
 from tasks.artifacts import Report
 from tasks.convert_checkpoint import convert_checkpoint
 from tasks.evaluate_model import evaluate_base, evaluate_tuned
@@ -33,7 +33,7 @@ def sentence(
     trained = train_model(train, base, tokens, runtime=runtime)
     exported = export_checkpoint(model, trained, sources, runtime=runtime)
     scores["tuned"] = evaluate_tuned(evaluate, exported, sources, runtime=runtime)
-    recipe = SFTRecipe(model=model, data=data, train=train, evaluate=evaluate, runtime=runtime)
+    recipe = Recipe(model=model, data=data, train=train, evaluate=evaluate, runtime=runtime)
     return write_report(recipe, sources, base, tokens, trained, exported, scores, runtime=runtime)
 
 

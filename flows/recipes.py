@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ext.config import SFTRecipe, read_yaml, validated, with_overrides
+from megatron_ext.config import Recipe, read_yaml, validated, with_overrides
 
 
-def load_recipe(path: Path, overrides: list[str]) -> SFTRecipe:
+def load_recipe(path: Path, overrides: list[str]) -> Recipe:
     """The recipe in ``path`` with each ``section.key=value`` applied.
 
     Raises:
         ConfigError: the file is missing, or a key or value does not fit; names it.
     """
-    return validated(SFTRecipe, with_overrides(read_yaml(path), overrides), str(path))
+    return validated(Recipe, with_overrides(read_yaml(path), overrides), str(path))

@@ -27,7 +27,7 @@ def run_recipe(name: str, path: Path, overrides: list[str], as_json: bool) -> in
     plan: list[Planned] = []
     try:
         module = flow_module(name)
-        sections = sections_of(load_recipe(path, overrides))
+        sections = sections_of(load_recipe(path, overrides), name)
         check_recipe(**sections)
         plan = planned_stages(module.sentence, sections)
         prepare_environment()

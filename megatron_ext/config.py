@@ -109,8 +109,22 @@ class DataConfig(TokenizeOptions):
 
     files: tuple[str, ...] = Field(
         min_length=1,
-        description="Files, globs, folders or URLs, each with an optional weight in front (0.7:FILE); or demo://NAME.",
+        description="Files, globs, folders or URLs, each with an optional weight in front (0.7:FILE); or demo://NAME, "
+        "demo://NAME/text, demo://NAME/preferences.",
     )
+
+    def holding(self, format: DatasetFormat) -> DataConfig:
+        """The same data where nothing else was said, read as ``format``.
+
+        Raises:
+            ConfigError: ``format`` of the recipe is another one; names the flow for it.
+        """
+        if self.format not in ("auto", format):
+            raise ConfigError(
+                f"data.format {self.format} does not belong to this flow, which trains on {format}; text: "
+                "full-pretrain, preference: full-dpo, conversations: full-sft"
+            )
+        return self.model_copy(update={"format": format})
 
 
 def require_multiple(seq_length: int, pack_alignment: int) -> None:
@@ -343,8 +357,8 @@ class TrainJobConfig(Section):
     out: Path = Field(description="Folder for checkpoints, metrics.jsonl and TensorBoard files; a rerun resumes there.")
 
 
-class SFTRecipe(Section):
-    """The parameters of flow full-sft."""
+class Recipe(Section):
+    """The parameters of every flow that trains."""
 
     model: ModelConfig
     data: DataConfig

@@ -1,7 +1,8 @@
 """Progress and metrics of a running job as JSON lines, one event a line.
 
-Events: ``progress`` (done, total, unit, rate), ``metrics`` (step and values), ``note`` (text), ``ranks`` (pids of a
-training's processes), ``checkpoint`` (step that was saved), ``interrupted`` (step saved before stopping),
+Events: ``progress`` (done, total, unit, rate), ``metrics`` (step and values), ``schedule`` (points: step and planned
+learning rate), ``validation`` (step, loss and the objective's means), ``note`` (text), ``ranks`` (pids of a training's
+processes), ``checkpoint`` (step that was saved), ``interrupted`` (step saved before stopping),
 ``error`` (type, message, exit_code), ``result`` (the job's summary). The flow turns them into Prefect artifacts,
 the command line into a bar, the report into plots.
 """
@@ -48,9 +49,12 @@ class Events:
         self.emit("note", text=text)
 
 
+SHOWN = ("loss", "accuracy", "margin", "lr", "grad_norm")
+
+
 def metrics_sentence(event: Mapping[str, Any]) -> str:
     """A ``metrics`` event for a person: ``step 10: loss 2.31, lr 0.001, grad_norm 1.2, 4950 tokens/s``."""
-    values = [f"{name} {event[name]:.4g}" for name in ("loss", "lr", "grad_norm") if name in event]
+    values = [f"{name} {event[name]:.4g}" for name in SHOWN if name in event]
     speed = [f"{event['tokens_per_second']:.0f} tokens/s"] if "tokens_per_second" in event else []
     return f"step {event['step']}: {', '.join(values + speed)}"
 
@@ -61,6 +65,12 @@ def rate_text(event: Mapping[str, Any]) -> str:
     if rate is None:
         return ""
     return f", {rate / 1e6:.0f} MB/s" if unit.startswith("bytes") else f", {rate:.0f} {unit}/s"
+
+
+def validation_sentence(event: Mapping[str, Any]) -> str:
+    """A ``validation`` event for a person: ``step 10, validation: loss 2.31``."""
+    values = [f"{name} {event[name]:.4g}" for name in SHOWN if name in event]
+    return f"step {event['step']}, validation: {', '.join(values)}"
 
 
 class Follower:

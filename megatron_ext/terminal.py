@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.events import Events, metrics_sentence, rate_text
+from megatron_ext.events import Events, metrics_sentence, rate_text, validation_sentence
 
 
 class TerminalEvents(Events):
@@ -23,6 +23,8 @@ class TerminalEvents(Events):
             sys.stderr.write(fields["text"] + "\n")
         elif event == "metrics":
             sys.stderr.write(metrics_sentence(fields) + "\n")
+        elif event == "validation":
+            sys.stderr.write(validation_sentence(fields) + "\n")
         elif event == "progress" and sys.stderr.isatty():
             self._advance(fields["done"], fields["total"], fields["unit"] + rate_text(fields))
 

@@ -46,7 +46,7 @@ def check_recipe(
         _check_vocabulary(model, folder, evaluate)
     if data:
         data_source(data, digests)
-        if data.chat_template or folder:
+        if data.format != "text" and (data.chat_template or folder):
             chat_template_identity(data.chat_template, folder or Path())
     if evaluate:
         _check_tasks(evaluate, tasks_source(evaluate, digests))

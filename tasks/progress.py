@@ -9,11 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.events import metrics_sentence, rate_text
+from megatron_ext.events import metrics_sentence, rate_text, validation_sentence
 from tasks.curve import curve
 from tasks.store import Manifest, Store
 
 PROGRESS_SECONDS, CURVE_SECONDS = 2.0, 15.0
+SCHEDULE_ROWS = 20
+NO_COLUMN = ("event", "time")
 LOG_LINES = 40
 """Log lines sent to the server in one message at most; the rest stays in the file."""
 
@@ -34,6 +36,7 @@ class PrefectWatcher:
         self._progress_due, self._curve_due = time.monotonic() + PROGRESS_SECONDS, time.monotonic() + CURVE_SECONDS
         self._unit, self._done, self._total, self._rate = "", 0.0, None, ""
         self._metrics: list[dict[str, Any]] = []
+        self._validation: list[dict[str, Any]] = []
 
     def event(self, event: dict[str, Any]) -> None:
         """Take one event of the job."""
@@ -49,6 +52,12 @@ class PrefectWatcher:
                     self._metrics.append(event)
                     self._logger.info(metrics_sentence(event))
                     self._show_curve()
+                case "schedule":
+                    self._show_schedule(event["points"])
+                case "validation":
+                    self._validation.append({name: value for name, value in event.items() if name not in NO_COLUMN})
+                    self._logger.info(validation_sentence(event))
+                    self._show_validation()
                 case "interrupted":
                     self._logger.warning("stopped and saved at step %s", event.get("step"))
 
@@ -64,9 +73,10 @@ class PrefectWatcher:
             folder = Store.current().folder(manifest.kind, manifest.fingerprint)
             self._logger.info("%s: %s", self._stage, folder)
             if manifest.kind == "trainings":
-                lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-                self._metrics = [json.loads(line) for line in lines]  # those before a retry, too
+                self._metrics = _records(folder / "metrics.jsonl")  # those before a retry, too
                 self._show_curve(last=True)
+                self._validation = _records(folder / "validation.jsonl")
+                self._show_validation()
             if self._progress:
                 self._show_progress(last=True)
             if manifest.kind == "evaluations":
@@ -102,6 +112,20 @@ class PrefectWatcher:
                 f"data:image/svg+xml;base64,{image}", key="loss-curve", description=f"Loss until step {points[-1][0]}"
             )
 
+    def _show_schedule(self, points: list[list[float]]) -> None:
+        from prefect.artifacts import create_table_artifact
+
+        every = max(1, len(points) // SCHEDULE_ROWS)
+        rows = [{"step": int(step), "lr": f"{lr:.4g}"} for step, lr in [*points[:-1:every], points[-1]]]
+        create_table_artifact(rows, key="planned-schedule", description="Learning rate as planned before training")
+
+    def _show_validation(self) -> None:
+        if not self._validation:
+            return
+        from prefect.artifacts import create_table_artifact
+
+        create_table_artifact(self._validation, key="validation", description="Means over the validation set")
+
     def _show_scores(self, folder: Path) -> None:
         from prefect.artifacts import create_table_artifact
 
@@ -119,3 +143,9 @@ class PrefectWatcher:
 
         path = next(iter(sorted(folder.glob("*.html"))))
         create_link_artifact(path.as_uri(), link_text=path.name, key="report", description=f"Report: {path}")
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; none where there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ext.config import RuntimeConfig, SFTRecipe
+from megatron_ext.config import Recipe, RuntimeConfig
 from tasks.artifacts import EvalReport, HFModel, IdxmapDataset, McoreCheckpoint, Report, Sources, Training
 from tasks.build import Build, Input
 from tasks.stage import recorded_stages, stage
 
 
-@stage("write-report", version=2, makes=Report)
+@stage("write-report", version=3, makes=Report)
 def write_report(
-    recipe: SFTRecipe,
+    recipe: Recipe,
     sources: Sources,
     base: McoreCheckpoint,
     tokens: IdxmapDataset,
@@ -48,7 +48,7 @@ def write_report(
     )
 
 
-def _without_places(recipe: SFTRecipe) -> dict[str, Any]:
+def _without_places(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what is not hashed: where things lie and how they ran."""
     values = recipe.model_dump(exclude={"runtime": True, "model": {"path"}, "data": {"files"}})
     values["evaluate"].pop("include_path")

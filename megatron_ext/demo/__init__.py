@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEMOS = {"routing": routing}
 DATA = {"data": "conversations", "text": "plain text", "preferences": "pairs of answers"}
-"""Folder of training rows in every demo -> what they are. demo://NAME stands for ``data``, demo://NAME/text for text."""
+"""Folder of training rows -> what they are. As data, demo://NAME names the first, demo://NAME/text the second."""
 
 
 def generate(name: str, seed: int, out: Path) -> dict[str, Any]:

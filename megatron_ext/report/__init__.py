@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from megatron_ext.events import Events
     from megatron_ext.worker import Job
 
+FLOWS = {"text": "full-pretrain", "chat": "full-sft", "preference": "full-dpo"}
+"""Kind of dataset -> the flow that trains on it."""
+LOSS_OF = {"text": "mean over all tokens", "chat": "mean over trained tokens", "preference": "mean over pairs"}
 SAMPLES = 4
 """Conversations shown."""
 
@@ -45,16 +48,20 @@ def render(inputs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         SourceError: a folder lacks what the report shows.
     """
     metrics = read_metrics(Path(inputs["training"]) / "metrics.jsonl")
+    training = Path(inputs["training"])
+    validation = read_metrics(training / "validation.jsonl") if (training / "validation.jsonl").exists() else []
+    planned = _read_json(training / "schedule.json")["points"] if (training / "schedule.json").exists() else []
     manifest = _read_json(Path(inputs["training"]) / "manifest.json")
     results = {name: _read_json(Path(folder) / "results.json") for name, folder in inputs["evaluations"].items()}
     recipe = config.get("recipe", {})
-    flow = "upcycle-sft" if recipe.get("model", {}).get("upcycle") else "full-sft"
+    kind = _read_json(Path(inputs["dataset"]) / "manifest.json").get("kind", "chat")
+    flow = "upcycle-sft" if recipe.get("model", {}).get("upcycle") else FLOWS[kind]
     title = f"{flow}: {recipe.get('model', {}).get('path', manifest['family'])}"
     parts = [
         _head(title, manifest, recipe),
-        page.cards(_headlines(results, metrics, manifest)),
+        page.cards(_headlines(results, metrics, validation, manifest)),
         page.section("Scores", _score_table(results)),
-        page.section("Training", _curves(metrics) + _training_facts(manifest)),
+        page.section("Training", _curves(metrics, validation, planned, kind) + _training_facts(manifest)),
         page.section("Time", _stages(config.get("stages", []))),
         page.section("Data", _data(Path(inputs["dataset"]))),
         page.section("Verification", _verification(inputs)),
@@ -92,13 +99,16 @@ def _head(title: str, manifest: Mapping[str, Any], recipe: Mapping[str, Any]) ->
     shape = manifest["architecture"]
     line = (
         f"{manifest['family']}, {shape['num_layers']} layers × {shape['hidden_size']}, vocabulary "
-        f"{manifest['vocab_size']:,}, fine-tuned on {', '.join(recipe.get('data', {}).get('files', ['?']))}"
+        f"{manifest['vocab_size']:,}, trained on {', '.join(recipe.get('data', {}).get('files', ['?']))}"
     )
     return f'<h1>{page.esc(title)}</h1><p class="dim">{page.esc(line)}</p>'
 
 
 def _headlines(
-    results: Mapping[str, Any], metrics: list[dict[str, Any]], manifest: Mapping[str, Any]
+    results: Mapping[str, Any],
+    metrics: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    manifest: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
     entries = []
     for score in compare(results["tuned"], results.get("base"))[:2]:
@@ -107,6 +117,10 @@ def _headlines(
     if metrics:
         first, last = metrics[0], metrics[-1]
         entries.append((f"{first['loss']:.3g} → {last['loss']:.3g}", f"training loss, {last['step']:,} steps"))
+    if validation:
+        entries.append((f"{validation[-1]['loss']:.3g}", f"validation loss, step {validation[-1]['step']:,}"))
+    if "accuracy" in (last := (validation or metrics or [{}])[-1]):
+        entries.append((f"{last['accuracy']:.1%}", "of pairs: the better answer preferred"))
     summary = (manifest.get("training") or {}).get("summary", {})
     if "tokens_per_second" in summary:
         entries.append((f"{summary['tokens_per_second']:,.0f}", "tokens a second in training"))
@@ -132,18 +146,30 @@ def _verdict(score: Score) -> str:
     return "better" if score.difference > 0 else "worse"
 
 
-def _curves(metrics: list[dict[str, Any]]) -> str:
+def _curves(
+    metrics: list[dict[str, Any]], validation: list[dict[str, Any]], planned: list[list[float]], kind: str
+) -> str:
     charts = []
-    for key, caption, unit, from_zero in (
-        ("loss", "Loss", "mean over trained tokens", True),
-        ("lr", "Learning rate", "", True),
-        ("tokens_per_second", "Throughput", "tokens a second", True),
-        ("grad_norm", "Gradient norm", "before clipping", True),
+    for key, caption, unit in (
+        ("loss", "Loss", LOSS_OF[kind]),
+        ("accuracy", "Preferred the better answer", "share of pairs"),
+        ("margin", "Margin", "reward of the better answer above that of the other"),
+        ("lr", "Learning rate", ""),
+        ("tokens_per_second", "Throughput", "tokens a second"),
+        ("grad_norm", "Gradient norm", "before clipping"),
     ):
-        points = [(r["step"], float(r[key])) for r in metrics if r.get(key) is not None]
+        points, beside = _points(metrics, key), _points(validation, key)
+        note = "validation set dashed" if beside else ""
+        if key == "lr" and planned:
+            beside, note = [(step, lr) for step, lr in planned], "as planned before training dashed"
         if points:
-            charts.append(page.figure(caption, unit, line_chart(points, caption, "step", from_zero=from_zero)))
+            chart = line_chart(points, caption, "step", beside=beside, from_zero=key != "margin")
+            charts.append(page.figure(caption, "; ".join(text for text in (unit, note) if text), chart))
     return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _points(records: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(record["step"], float(record[key])) for record in records if record.get(key) is not None]
 
 
 def _training_facts(manifest: Mapping[str, Any]) -> str:
@@ -218,11 +244,12 @@ def _what_ran(
 ) -> str:
     blocks = [page.facts(f"recipe: {name}", values) for name, values in config.get("recipe", {}).items() if values]
     dataset = _read_json(Path(inputs["dataset"]) / "manifest.json")
+    template = dataset.get("chat_template")
     files = {file["name"]: f"{file['rows']:,} rows, {file['digest']}" for file in dataset["files"]}
     given = {
         **files,
         "tokenizer": manifest["tokenizer_digest"],
-        "chat template": f"{dataset['chat_template']['name']}, {dataset['chat_template']['digest']}",
+        "chat template": f"{template['name']}, {template['digest']}" if template else "none: it is text",
         "weights": f"{manifest['dtype']}, {manifest['padded_vocab_size']:,} rows of the embedding on disk",
     }
     artifacts = {stage["name"]: stage["artifact"] for stage in config.get("stages", []) if stage.get("artifact")}

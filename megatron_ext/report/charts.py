@@ -14,19 +14,22 @@ MOST_POINTS = 500
 Point = tuple[float, float]
 
 
-def line_chart(points: Sequence[Point], title: str, x_label: str, *, from_zero: bool = False) -> str:
-    """``points`` (x, y), x rising, as one ``<svg>``; points that are not finite are left out.
+def line_chart(
+    points: Sequence[Point], title: str, x_label: str, *, beside: Sequence[Point] = (), from_zero: bool = False
+) -> str:
+    """``points`` (x, y), x rising, as one ``<svg>``, ``beside`` dashed; points that are not finite are left out.
 
     At most ``MOST_POINTS`` are drawn: the last one, and from each stretch of the others the mean, so that a thinned
     curve shows the trend instead of whichever step it happened to hit.
     """
-    shown = thinned([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
+    shown, dashed = (thinned([(x, y) for x, y in line if math.isfinite(x + y)]) for line in (points, beside))
     if not shown:
         return '<p class="empty">no values</p>'
-    x_ticks = ticks(shown[0][0], shown[-1][0])
-    ys = [y for _, y in shown] + [0.0] * from_zero
+    xs = [x for x, _ in [*shown, *dashed]]
+    x_ticks = ticks(min(xs), max(xs))
+    ys = [y for _, y in [*shown, *dashed]] + [0.0] * from_zero
     y_ticks = ticks(min(ys), max(ys))
-    x0, x1 = shown[0][0], max(shown[-1][0], shown[0][0] + 1e-9)
+    x0, x1 = min(xs), max(*xs, min(xs) + 1e-9)
     y0, y1 = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -48,6 +51,11 @@ def line_chart(points: Sequence[Point], title: str, x_label: str, *, from_zero: 
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in shown))
     if len(shown) > 1:
         parts.append(f'<polyline class="line" points="{path}"/>')
+    if dashed:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in dashed))
+        parts.append(f'<polyline class="beside" points="{path}"/>')
+        x, y = at(*dashed[-1])
+        parts.append(f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
     last_x, last_y = at(*shown[-1])
     parts.append(f'<circle class="dot" cx="{last_x:.1f}" cy="{last_y:.1f}" r="3.5"/>')
     name = html.escape(title, quote=True)

@@ -30,6 +30,7 @@ svg.chart{display:block;width:100%;height:auto}
 .chart text{font-size:12.5px;fill:var(--dim);font-variant-numeric:tabular-nums}
 .chart .grid{stroke:var(--line)}.chart .line{fill:none;stroke:var(--accent);stroke-width:2;stroke-linejoin:round}
 .chart .dot{fill:var(--accent)}
+.chart .beside{fill:none;stroke:var(--dim);stroke-width:1.6;stroke-dasharray:5 4}.chart .mark{fill:var(--dim)}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 th{color:var(--dim);font-weight:500;text-align:left;font-size:.82rem}

@@ -32,9 +32,9 @@ def train(setup: Setup, platform: Platform, events: Events) -> dict[str, Any]:
         trainer = Trainer(setup, platform, saver)
         if first_rank():
             write_run(setup.out, setup.state)
+            announce_schedule(events, setup.train, iterations, setup.out)
         saver.clear_partials()
         announce(events, platform, setup.state.num_threads)
-        announce_schedule(events, setup.train, iterations)
         if resume(setup.out, trainer.state):
             events.note(f"resumed after step {trainer.state.step}")
         diary = Diary(setup, platform, events)

@@ -42,8 +42,8 @@ def reference_log_probabilities(base: Base, passes: Passes, folder: Path) -> tor
     kept = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if kept["digest"] != reference_digest(base):
         raise CheckpointError(
-            f"reference {folder} was computed with another checkpoint, dataset, {', '.join(REFERENCE_DECIDES)} than this "
-            "training's; compute it anew, or leave it out"
+            f"reference {folder} was computed with another checkpoint, dataset, {', '.join(REFERENCE_DECIDES)} than "
+            "this training's; compute it anew, or leave it out"
         )
     return torch.from_numpy(np.load(folder / LOGPS))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ext.config import TrainConfig
 from megatron_ext.events import Events
 from megatron_ext.training.plan import warmup_iterations
+
+SCHEDULE = "schedule.json"
 
 
 def scheduler(optimizer: Any, train: TrainConfig, iterations: int) -> OptimizerParamScheduler:
@@ -48,9 +52,10 @@ def planned(train: TrainConfig, iterations: int, points: int = 60) -> list[tuple
     return found
 
 
-def announce_schedule(events: Events, train: TrainConfig, iterations: int) -> None:
-    """Show the planned learning rates before the first step."""
+def announce_schedule(events: Events, train: TrainConfig, iterations: int, out: Path) -> None:
+    """Show the planned learning rates before the first step, and keep them in ``out/schedule.json`` for the report."""
     curve = planned(train, iterations)
+    (out / SCHEDULE).write_text(json.dumps({"iterations": iterations, "points": curve}) + "\n", encoding="utf-8")
     peak = max(curve, key=lambda point: point[1])
     events.note(
         f"learning rate: {train.lr_decay_style} over {iterations} steps, warm-up {warmup_iterations(train)}; "

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ext.config import SFTRecipe, TrainConfig, read_yaml, validated, with_overrides
+from megatron_ext.config import Recipe, TrainConfig, read_yaml, validated, with_overrides
 from megatron_ext.errors import ConfigError
 
 RECIPE = {
@@ -15,14 +15,14 @@ RECIPE = {
 
 def test_unknown_key_is_refused_and_the_nearest_one_is_named():
     with pytest.raises(ConfigError, match=r"unknown key 'train\.weigth_decay'; did you mean 'weight_decay'\?"):
-        validated(SFTRecipe, with_overrides(RECIPE, ["train.weigth_decay=0.1"]), "recipe.yaml")
+        validated(Recipe, with_overrides(RECIPE, ["train.weigth_decay=0.1"]), "recipe.yaml")
 
 
 def test_value_out_of_range_names_key_value_and_file():
     with pytest.raises(
         ConfigError, match=r"train\.lr: input should be greater than 0 \(value: -1\) \(in recipe\.yaml\)"
     ):
-        validated(SFTRecipe, with_overrides(RECIPE, ["train.lr=-1"]), "recipe.yaml")
+        validated(Recipe, with_overrides(RECIPE, ["train.lr=-1"]), "recipe.yaml")
 
 
 @pytest.mark.parametrize("given", [{}, {"train_iters": 3, "train_epochs": 1}])
@@ -32,14 +32,14 @@ def test_exactly_one_length_must_be_given(given):
 
 
 def test_an_overridden_length_replaces_the_recipes():
-    recipe = validated(SFTRecipe, with_overrides(RECIPE, ["train.train_epochs=2"]), "test")
+    recipe = validated(Recipe, with_overrides(RECIPE, ["train.train_epochs=2"]), "test")
     assert recipe.train.train_epochs == 2
     assert recipe.train.train_iters is None
 
 
 def test_overrides_are_read_as_yaml_and_json():
     values = with_overrides(RECIPE, ['data.files=["a.json", "b.json"]', "train.lr=1e-5", "runtime.num_threads=2"])
-    recipe = validated(SFTRecipe, values, "test")
+    recipe = validated(Recipe, values, "test")
     assert recipe.data.files == ("a.json", "b.json")
     assert recipe.train.lr == 1e-5
     assert recipe.runtime.num_threads == 2
