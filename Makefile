@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RECIPE ?= deployments/recipes/demo_sft.yaml
 
-.PHONY: setup demo up test test-all bench-checkpoints lint clean
+.PHONY: setup demo demo-all up test test-all bench-checkpoints lint clean
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -15,6 +15,12 @@ setup: .venv/installed
 
 demo: setup
 	@$(BIN)/mflow run full-sft $(RECIPE)
+
+# Pretraining, fine-tuning and preference training of the demo's model, one after the other.
+demo-all: setup
+	@$(BIN)/mflow run full-pretrain deployments/recipes/demo_pretrain.yaml
+	@$(BIN)/mflow run full-sft deployments/recipes/demo_sft.yaml
+	@$(BIN)/mflow run full-dpo deployments/recipes/demo_dpo.yaml
 
 up: setup
 	$(BIN)/mflow up

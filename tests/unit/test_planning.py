@@ -277,7 +277,15 @@ def test_flow_upcycle_sft_needs_upcycling(place: Path) -> None:
         planned_stages(upcycle_sft.sentence, recipe())
 
 
-@pytest.mark.parametrize(("name", "path"), [("full-sft", DEMO), ("upcycle-sft", DEMO_UPCYCLE)])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("full-sft", DEMO),
+        ("upcycle-sft", DEMO_UPCYCLE),
+        ("full-pretrain", DEMO.with_name("demo_pretrain.yaml")),
+        ("full-dpo", DEMO.with_name("demo_dpo.yaml")),
+    ],
+)
 def test_the_deployment_carries_the_demo_recipe(name: str, path: Path) -> None:
     import yaml
 
