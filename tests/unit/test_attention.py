@@ -14,7 +14,9 @@ def build(window: int | None = None, pattern: list[int] | None = None, layer: in
     from megatron_ext.model.attention import SDPACoreAttention
 
     size = None if window is None else (window - 1, 0)
-    config = SimpleNamespace(attention_dropout=0.0, window_size=size, window_attn_skip_freq=pattern)
+    config = SimpleNamespace(
+        context_parallel_size=1, attention_dropout=0.0, window_size=size, window_attn_skip_freq=pattern
+    )
     return SDPACoreAttention(config, layer, None, "self")
 
 
