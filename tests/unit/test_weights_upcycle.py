@@ -214,6 +214,23 @@ def test_an_option_that_does_not_fit_is_named(text, words):
         parse_upcycle(text)
 
 
+def test_the_commands_take_the_options_and_say_what_they_did(tmp_path):
+    write_model(tmp_path / "hf", num_hidden_layers=1)
+
+    def said(*arguments: str) -> dict:
+        command = [sys.executable, "-m", "megatron_ext.cli", *arguments, "--json"]
+        return json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
+
+    asked = ["--upcycle", "num_experts=3,topk=2", "--extra-vocab-size", "7", "--extra-vocab-init", "zeros"]
+    made = said("convert", "--model", "hf", "--out", "mcore", "--dtype", "bf16", "--verify", "none", *asked)
+    assert (made["family"], made["vocab_size"], made["dtype"]) == ("mixtral", 519, "bf16")
+    assert (made["upcycle"]["num_experts"], made["upcycle"]["step_zero"]) == (3, None)
+    made = said("export", "--checkpoint", "mcore", "--model", "hf", "--out", "moe", "--max-shard-size", "50KB")
+    assert (made["family"], made["dtype"], made["verified"]["level"]) == ("mixtral", "bf16", "digest")
+    assert max(path.stat().st_size for path in (tmp_path / "moe").glob("*.safetensors")) < 80_000
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["num_local_experts"] == 3
+
+
 PEAK = """
 import sys, threading
 from pathlib import Path
@@ -238,7 +255,7 @@ print(max(samples))
 
 
 def test_memory_does_not_grow_with_the_experts(tmp_path):
-    model = write_model(tmp_path / "hf", num_hidden_layers=1, hidden_size=512, intermediate_size=2048, vocab_size=8192)
+    model = write_model(tmp_path / "hf", num_hidden_layers=1, hidden_size=512, intermediate_size=2048, vocab_size=2048)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     peaks = [
         int(

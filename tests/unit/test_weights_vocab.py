@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import write_model
+from tiny import write_jsonl, write_model, write_tokenizer
 
-from megatron_ext.errors import CheckpointError, ConfigError, PrecisionError
+from megatron_ext.data.datasets import open_dataset
+from megatron_ext.data.tokenization import tokenize
+from megatron_ext.errors import CheckpointError, ConfigError, PrecisionError, VocabularyError
 from megatron_ext.events import Events
 from megatron_ext.families.base import Part
 from megatron_ext.folders import size_in_bytes
+from megatron_ext.training.plan import check_vocabulary
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 from megatron_ext.weights.hf import SafetensorsReader
@@ -137,6 +140,32 @@ def test_random_rows_depend_on_seed_and_name_alone():
 )
 def test_padding_is_the_next_multiple(size, tp, multiple, padded):
     assert padded_vocab_size(size, tp, multiple) == padded
+
+
+def test_a_tokenizer_with_new_tokens_goes_with_as_many_extra_rows(tmp_path):
+    """From conversations that use the new tokens to what training checks."""
+    from transformers import AutoTokenizer
+
+    size = len(AutoTokenizer.from_pretrained(write_tokenizer(tmp_path / "plain")))
+    model = write_model(tmp_path / "hf", num_hidden_layers=1, vocab_size=size)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<red>", "<green>", "<blue>"])
+    tokenizer.save_pretrained(model)
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "<red> 2 <blue>"}]
+    rows = [write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])]
+    (tmp_path / "data").mkdir()
+    with pytest.raises(VocabularyError, match=rf"vocab_size is {size} .*extra_vocab_size 3"):
+        tokenize(rows, model, tmp_path / "data", events=Events(), workers=1)
+    tokenize(rows, model, tmp_path / "data", events=Events(), workers=1, extra_vocab_size=3)
+
+    dataset = open_dataset(tmp_path / "data")
+    assert dataset.max_token_id() == size + 2
+    extended, plain = (
+        read_manifest(converted(model, tmp_path, f"extra{extra}", extra_vocab_size=extra)) for extra in (3, 0)
+    )
+    check_vocabulary(extended, dataset)
+    with pytest.raises(VocabularyError, match=str(size + 2)):
+        check_vocabulary(plain, dataset)
 
 
 def too_large(model: Path, folder: Path, dtype: torch.dtype) -> Path:
