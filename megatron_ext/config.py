@@ -214,6 +214,15 @@ class TrainConfig(Section):
     loss_normalization: Literal["token", "sequence"] = Field(
         default="token", description="Mean over all trained tokens of a step, or over its samples' means."
     )
+    moe_aux_loss_coeff: float | None = Field(
+        default=None,
+        ge=0,
+        description="Weight of the load-balancing loss of a mixture of experts; empty takes the model's own "
+        "(router_aux_loss_coef of its config.json), 0 switches it off.",
+    )
+    moe_z_loss_coeff: float = Field(
+        default=0.0, ge=0, description="Weight of the loss that keeps the router's logits small; ST-MoE takes 1e-3."
+    )
     preference: PreferenceConfig = Field(
         default=PreferenceConfig(), description="For a dataset of preferences; has no effect on another."
     )
@@ -300,6 +309,9 @@ class RuntimeConfig(Section):
     recompute_num_layers: int = Field(default=1, ge=1, description="Layers of a group, or of the block, a stage.")
     use_distributed_optimizer: bool = Field(
         default=True, description="Shard the optimizer state over data-parallel ranks (ZeRO-1)."
+    )
+    overlap_grad_reduce: bool = Field(
+        default=False, description="Sum gradients over data-parallel ranks in buckets while backward goes on."
     )
     workers: int | None = Field(
         default=None, ge=1, description="Threads or processes that tokenize; empty takes one for each core."

@@ -11,11 +11,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from megatron_ext.config import RuntimeConfig
+from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.families.base import Architecture
 from megatron_ext.model.attention import SDPACoreAttention
 from megatron_ext.model.norm import Norm
 from megatron_ext.model.rotary import attention_factor
+from megatron_ext.model.routing import Router
 
 
 def attention_config(architecture: Architecture) -> dict[str, Any]:
@@ -34,8 +35,14 @@ def attention_config(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def experts_config(architecture: Architecture, runtime: RuntimeConfig, fused: bool) -> dict[str, Any]:
-    """Fields of TransformerConfig for a mixture of experts; routing is computed in fp32."""
+def experts_config(
+    architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig, fused: bool
+) -> dict[str, Any]:
+    """Fields of TransformerConfig for a mixture of experts; routing is computed in fp32.
+
+    The coefficients are those of our router's losses: megatron-core's own stay off.
+    """
+    coefficient = train.moe_aux_loss_coeff
     dispatcher = {"moe_token_dispatcher_type": "alltoall"}  # the default refuses variable_seq_lengths, dense too
     if architecture.num_moe_experts is None:
         return dispatcher
@@ -47,6 +54,8 @@ def experts_config(architecture: Architecture, runtime: RuntimeConfig, fused: bo
         "moe_router_topk": architecture.moe_router_topk,
         "moe_router_pre_softmax": architecture.moe_router_pre_softmax,
         "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": architecture.moe_aux_loss_coeff if coefficient is None else coefficient,
+        "moe_z_loss_coeff": train.moe_z_loss_coeff,
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": fused,
         "moe_permute_fusion": fused,
@@ -58,9 +67,12 @@ def layer_spec(architecture: Architecture, config: TransformerConfig, fused: boo
     """Transformer Engine's layers if ``fused``, else megatron-core's own with SDPA."""
     experts = architecture.num_moe_experts
     if fused:
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=architecture.qk_layernorm
         )
+        if experts is not None:
+            spec.submodules.mlp.submodules.router = Router
+        return spec
     spec: ModuleSpec = get_gpt_layer_local_spec(
         num_experts=experts, qk_layernorm=architecture.qk_layernorm, normalization=architecture.normalization
     )
@@ -69,7 +81,9 @@ def layer_spec(architecture: Architecture, config: TransformerConfig, fused: boo
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
     if architecture.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    if experts is not None:  # Transformer Engine does not fuse this norm into experts, so it has a name of its own
+    if experts is not None:
+        spec.submodules.mlp.submodules.router = Router
+        # Transformer Engine does not fuse this norm into experts, so it has a name of its own:
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layers = [spec] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

@@ -54,7 +54,7 @@ def transformer_config(
         overlap_p2p_comm=interleaved,  # else two ranks mix up what they send each other as next and as previous stage
         batch_p2p_comm=not interleaved,
         **attention_config(architecture),
-        **experts_config(architecture, runtime, fused),
+        **experts_config(architecture, train, runtime, fused),
         deallocate_pipeline_outputs=not (on_cpu and interleaved),  # gloo may still be sending what would be freed
         calculate_per_token_loss=True,
         use_cpu_initialization=on_cpu,

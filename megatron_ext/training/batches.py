@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class Batch:
     segments: int  # how many there are, without padding of the row's end
     packed: PackedSeqParams | None  # None if each row is one sample
     documents: np.ndarray  # (N,) number in the dataset of each sample; -1 for one that fills up a last step
+    sizes: np.ndarray  # (2, segments) int64: tokens and trained labels, on all context-parallel ranks together
+    sequences: np.ndarray  # (segments,) int64: the sequence of the micro batch that a segment is in
 
 
 class Batches:
@@ -97,9 +100,11 @@ class Batches:
             for answer in self.read(n, length)
         ]
         arrange = self._beside if self.dense else self._packed
-        return arrange(answers, np.where(real, documents, -1))
+        sizes = np.asarray([(len(answer.tokens) - 1, int(answer.trained[1:].sum())) for answer in answers]).T
+        owners = np.repeat(np.arange(len(parts)), [len(part) * (len(answers) // len(samples)) for part in parts])
+        return Batch(*arrange(answers), np.where(real, documents, -1), sizes, owners)
 
-    def _packed(self, answers: list[Answer], documents: np.ndarray) -> Batch:
+    def _packed(self, answers: list[Answer]) -> tuple[Any, ...]:
         device = torch.cuda.current_device()
         places = aligned(np.asarray([len(answer.tokens) - 1 for answer in answers]), self.plan.alignment).tolist()
         padding = -sum(places) % self.multiple
@@ -108,15 +113,15 @@ class Batches:
         positions = np.concatenate([np.arange(n) for n in segments])
         packed = _thd(segments, device) if self.fused else packed_segments(segments, device)
         owners = np.repeat(np.arange(len(segments)), segments)
-        return _batch([*rows, positions, owners], (1, len(owners)), len(answers), packed, documents)
+        return _batch([*rows, positions, owners], (1, len(owners)), len(answers), packed)
 
-    def _beside(self, answers: list[Answer], documents: np.ndarray) -> Batch:
+    def _beside(self, answers: list[Answer]) -> tuple[Any, ...]:
         length, count = self.plan.packing.seq_length, len(answers)
         rows = _laid(answers, [length] * count, length * count)
         positions, owners = np.tile(np.arange(length), count), np.repeat(np.arange(count), length)
         mine = own_places(length, parallel_state.get_context_parallel_rank(), _context_ranks())
         cut = [values.reshape(count, length)[:, mine].ravel() for values in (*rows, positions, owners)]
-        return _batch(cut, (count, len(mine)), count, None, documents)
+        return _batch(cut, (count, len(mine)), count, None)
 
 
 def _reader(plan: Plan, dataset: Path) -> Callable[[int, int], tuple[Answer, ...]]:
@@ -141,15 +146,12 @@ def _laid(answers: list[Answer], places: list[int], total: int) -> list[np.ndarr
 
 
 def _batch(
-    values: list[np.ndarray],
-    shape: tuple[int, int],
-    segments: int,
-    packed: PackedSeqParams | None,
-    documents: np.ndarray,
-) -> Batch:
+    values: list[np.ndarray], shape: tuple[int, int], segments: int, packed: PackedSeqParams | None
+) -> tuple[Any, ...]:
+    """The fields of a Batch from ``tokens`` to ``packed``."""
     device = torch.cuda.current_device()
     inputs, labels, trained, positions, owners = (torch.from_numpy(value).to(device) for value in values)
-    return Batch(inputs.view(shape), labels, trained, positions.view(shape), owners, segments, packed, documents)
+    return inputs.view(shape), labels, trained, positions.view(shape), owners, segments, packed
 
 
 def _context_ranks() -> int:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_ext.config import PreferenceConfig
+from megatron_ext.model.routing import PADDING, encode_places
 from megatron_ext.training.batches import Batch
 from megatron_ext.training.preference import preference_losses
 
@@ -51,6 +53,11 @@ class LanguageLoss:
     normalization: str
     metrics: ClassVar[tuple[str, ...]] = ()
 
+    def weights(self, batch: Batch) -> np.ndarray:
+        """(segments,) what is counted in each."""
+        trained = batch.sizes[1]
+        return trained if self.normalization == "token" else trained > 0
+
     def __call__(self, batch: Batch, output: torch.Tensor) -> LossParts:
         """``output``: (B, T, V / tp) logits of the last pipeline stage."""
         places, losses = _trained_losses(batch, output, self.vocab_size)
@@ -71,6 +78,10 @@ class PreferenceLoss:
     metrics: ClassVar[tuple[str, ...]] = (
         "accuracy", "margin", "reward_chosen", "reward_rejected", "logps_chosen", "logps_rejected",
     )  # fmt: skip
+
+    def weights(self, batch: Batch) -> np.ndarray:
+        """(segments,) what is counted in each: a pair at its chosen answer."""
+        return np.stack([batch.documents >= 0, np.zeros_like(batch.documents, dtype=bool)], 1).ravel()
 
     def __call__(self, batch: Batch, output: torch.Tensor) -> LossParts:
         """``output``: (B, T, V / tp) logits of the last pipeline stage."""
@@ -105,12 +116,30 @@ def _parts(total: torch.Tensor, count: int, trained: int, sums: dict[str, torch.
     return total, torch.tensor(count, dtype=torch.int, device=total.device), seen
 
 
-def forward_step(loss: Callable[[Batch, torch.Tensor], LossParts]) -> Callable[..., Any]:
-    """What megatron-core's schedules call for each micro batch."""
+def _places(batch: Batch, counted: np.ndarray) -> torch.Tensor:
+    """(B, T) int64: for the router, of each place its sequence and what the loss counts in that; see ``routing``."""
+    sequences = batch.sequences
+    weights = np.bincount(sequences, weights=counted, minlength=sequences[-1] + 1).astype(np.int64)
+    lengths, owners = np.append(batch.sizes[0], 0), np.append(sequences, 0)  # and of the padding at the row's end
+    segments, positions = batch.segment.cpu().numpy(), batch.positions.flatten().cpu().numpy()
+    rows = np.where(positions < lengths[segments], owners[segments], PADDING)
+    places = encode_places(torch.from_numpy(rows), torch.from_numpy(weights))
+    return places.view(batch.tokens.shape).to(batch.tokens.device)
+
+
+def forward_step(
+    loss: Callable[[Batch, torch.Tensor], LossParts], routed: Callable[[Batch], np.ndarray] | None = None
+) -> Callable[..., Any]:
+    """What megatron-core's schedules call for each micro batch.
+
+    Args:
+        routed: of a mixture of experts, what the loss counts in each segment: the weight of the router's losses.
+    """
 
     def step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(batches)
-        output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packed)
+        places = {} if routed is None else {"padding_mask": _places(batch, routed(batch))}
+        output = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packed, **places)
         return output, partial(loss, batch)
 
     return step

@@ -4,7 +4,10 @@ A record: step (counted from 1), loss (mean over trained tokens), lr, grad_norm,
 trained_tokens, tokens_per_second, tokens_per_second_per_device, step_time (seconds), flops (model FLOP a second),
 mfu (share of the devices' peak, where it is known), memory (bytes, peak of rank 0), padding (share of
 global_batch_size x seq_length that holds no token), consumed_tokens (since step 1), sample_ids; in fp16 loss_scale and
-skipped (1 if the step overflowed and changed nothing). validation.jsonl holds step, loss and the objective's metrics.
+skipped (1 if the step overflowed and changed nothing); of a mixture of experts load_balancing_loss and z_loss (means
+over layers, without their weights; a load-balancing loss of 1 is perfect balance) and expert_load (choices of the
+busiest expert beside the mean, in the layer where that is largest). validation.jsonl holds step, loss and the
+objective's metrics.
 """
 
 from __future__ import annotations

@@ -24,10 +24,18 @@ def data_parallel(
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=runtime.use_distributed_optimizer,
+        overlap_grad_reduce=runtime.overlap_grad_reduce,
         check_for_nan_in_grad=False,  # the loop looks at the loss before and at the norm after, and says more
     )
     wrapped = model if train.precision == "fp32" else Float16Module(config, model)
     return DistributedDataParallel(config, settings, wrapped, disable_bucketing=not first)
+
+
+def reduce_once_a_step(models: list[DistributedDataParallel]) -> None:
+    """Overlapped sums of gradients start with the last micro batch, not with each one."""
+    waits = [model.no_sync for model in models]
+    config: Any = models[0].config
+    config.no_sync_func = waits if len(waits) > 1 else waits[0]
 
 
 def adamw(models: list[DistributedDataParallel], train: TrainConfig, runtime: RuntimeConfig) -> MegatronOptimizer:

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megatron_ext.model.provider import build_chunks
+from megatron_ext.model.routing import watched_routers
 from megatron_ext.platforms.base import Platform
 from megatron_ext.training.batches import Batch, Batches
 from megatron_ext.training.checkpoints import load_chunks
@@ -27,6 +28,7 @@ class Passes:
     Attributes:
         chunks: the bare GPTModels of this rank: one, or one for each virtual pipeline stage.
         models: what is run: the chunks, or what they are wrapped in.
+        routers: of a mixture of experts, those of its layers on this rank.
     """
 
     def __init__(self, base: Base, platform: Platform) -> None:
@@ -34,6 +36,7 @@ class Passes:
         self.chunks = build_chunks(base.manifest.architecture, base.train, base.runtime, platform)
         load_chunks(self.chunks, base.checkpoint)
         self.models: list[Any] = self.chunks
+        self.routers = watched_routers(self.chunks) if base.manifest.architecture.num_moe_experts else []
         self._schedule = get_forward_backward_func()
         self._sums = torch.float32 if platform.name == "npu" else torch.float64
 
@@ -58,7 +61,7 @@ class Passes:
 
     def run(
         self,
-        loss: Callable[[Batch, torch.Tensor], Any],
+        loss: Any,
         batches: Batches,
         micro_batches: Callable[[], Iterator[Batch]],
         count: int,
@@ -68,7 +71,7 @@ class Passes:
         """What ``loss`` said of each of the ``count`` micro batches; empty on ranks whose losses do not count."""
         length, rows = batches.shape
         outputs = self._schedule(
-            forward_step_func=forward_step(loss),
+            forward_step_func=forward_step(loss, loss.weights if self.routers and not forward_only else None),
             data_iterator=[micro_batches() for _ in self.models],
             model=self.models,
             num_microbatches=count,

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ext.guard import STOP
+from megatron_ext.model.routing import routing_metrics
 from megatron_ext.platforms.base import Platform
 from megatron_ext.training.checkpoints import TrainingState
 from megatron_ext.training.layout import parameters
 from megatron_ext.training.losses import LanguageLoss, PreferenceLoss
 from megatron_ext.training.metrics import StepResult
-from megatron_ext.training.optimizer import adamw, data_parallel
+from megatron_ext.training.optimizer import adamw, data_parallel, reduce_once_a_step
 from megatron_ext.training.passes import Passes
 from megatron_ext.training.reference import reference_log_probabilities
 from megatron_ext.training.saving import Saver
@@ -47,6 +48,8 @@ class Trainer(Passes):
             reference = reference_log_probabilities(setup, self, setup.reference)
             self.loss = PreferenceLoss(vocab_size, train.preference, reference)
         self.models = [data_parallel(chunk, train, setup.runtime, first=i == 0) for i, chunk in enumerate(self.chunks)]
+        if setup.runtime.overlap_grad_reduce:
+            reduce_once_a_step(self.models)
         for model in self.models:
             model.train()
         optimizer = adamw(self.models, train, setup.runtime)
@@ -64,6 +67,8 @@ class Trainer(Passes):
         names = (*SUMS, *self.loss.metrics)
         *sums, stops, writing = self.summed(outputs, names, STOP.asked, self.saver.writing)
         means = _means(dict(zip(names, sums, strict=True)))
+        if self.routers:
+            means |= routing_metrics(self.routers, self.setup.manifest.architecture.num_layers, sums[1])
         return Computed(means.pop("loss"), int(sums[2]), stops > 0, writing > 0, means)
 
     def update(self, computed: Computed) -> StepResult:
