@@ -20,6 +20,7 @@ from megatron_ext.weights.changes import changed_config, changes_of
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 from megatron_ext.weights.manifest import read_manifest
+from megatron_ext.weights.megatron_writer import asked_layout
 from megatron_ext.weights.upcycle import parse_upcycle
 
 NAMES = {
@@ -121,6 +122,20 @@ def test_transformers_loads_the_exported_model_whole_and_answers_as_the_dense_on
         torch.testing.assert_close(moe(tokens).logits, dense, rtol=0, atol=1e-5)
         moe.model.layers[0].mlp.experts.down_proj.data[:] *= 2
         assert (moe(tokens).logits - dense).abs().max() > 1e-2
+
+
+def test_files_of_ranks_hold_the_same_experts(model, tmp_path):
+    """Tensor and expert parallelism, a padded vocabulary with extra rows, and back."""
+    changes = {"upcycle": UpcycleConfig(num_experts=4, topk=2, noise_std=0.01), "extra_vocab_size": 5}
+    for name, layout in (("whole", None), ("ranks", asked_layout("mp_rank", tp=2, ep=2))):
+        for folder in (name, f"{name}-export"):
+            (tmp_path / folder).mkdir()
+        convert(model, tmp_path / name, dtype=None, events=Events(), layout=layout, **changes)
+        export(tmp_path / name, model, tmp_path / f"{name}-export", dtype=None, events=Events(), verify="digest")
+    assert (tmp_path / "ranks" / "release" / "mp_rank_01_001" / "model_optim_rng.pt").is_file()
+    for name in ("config.json", "model.safetensors"):
+        one, other = ((tmp_path / f"{each}-export" / name).read_bytes() for each in ("whole", "ranks"))
+        assert one == other, name
 
 
 def test_the_manifest_says_what_was_done(model, tmp_path):
