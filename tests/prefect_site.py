@@ -67,9 +67,9 @@ class Site:
         path.write_text(json.dumps(values), encoding="utf-8")
         return path
 
-    def run(self, recipe: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-        """``mflow run full-sft RECIPE --json``: exit code, the object, standard error."""
-        done = self.command("mflow", "run", "full-sft", str(recipe), "--json", *arguments)
+    def run(self, recipe: Path, *arguments: str, flow: str = "full-sft") -> tuple[int, dict[str, Any], str]:
+        """``mflow run FLOW RECIPE --json``: exit code, the object, standard error."""
+        done = self.command("mflow", "run", flow, str(recipe), "--json", *arguments)
         return done.returncode, json.loads(done.stdout), done.stderr
 
     def client(self) -> Any:

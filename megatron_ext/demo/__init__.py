@@ -40,7 +40,7 @@ def generate(name: str, seed: int, out: Path) -> dict[str, Any]:
     train, heldout = demo.rows(seed)
     _write_jsonl(out / "data" / "train.jsonl", [demo.conversation(row) for row in train])
     _write_jsonl(out / "text" / "train.jsonl", [demo.document(row) for row in train])
-    pairs = [demo.preference(row, number) for number, row in enumerate(train)]
+    pairs = [demo.preference(row, number) for number, row in enumerate(train[: demo.PAIRS])]
     _write_jsonl(out / "preferences" / "train.jsonl", pairs)
     _write_jsonl(out / "tasks" / "heldout.jsonl", heldout)
     (out / "tasks" / demo.TASK_FILE).write_text(demo.TASK, encoding="utf-8")

@@ -54,6 +54,8 @@ CONTRASTED = (
 )
 SHARE_ALONE = 0.2
 TRAIN_ROWS = 12_000
+PAIRS = 6_000
+"""Of the training rows, those that are preferences, too: the reference model reads every one of them, twice."""
 HELDOUT_ROWS = 320
 
 TASK_FILE = "demo_routing.yaml"
