@@ -18,7 +18,7 @@ from megatron_ext.data.chat_templates import special_tokens
 from megatron_ext.data.engine_proof import EngineDiffersError, Proof
 from megatron_ext.data.engines import GIGATOKEN, Engine, GigatokenEngine, ReferenceEngine
 from megatron_ext.data.pipeline import Here, PerThread, ordered
-from megatron_ext.data.plan import SMALL_BYTES, Plan
+from megatron_ext.data.plan import Plan
 from megatron_ext.data.shards import Shards
 from megatron_ext.data.source_facts import SourceFacts
 from megatron_ext.data.text_work import Done
@@ -161,7 +161,7 @@ def _processes(plan: Plan, start: Start, workers: int) -> Iterator[Submit]:
         start.engine,
         datetime.fromisoformat(start.moment),
     )
-    if workers == 1 or (plan.text_size is not None and plan.text_size <= SMALL_BYTES):
+    if workers == 1 or plan.is_small:
         worker = chat_work.ChatWorker(spec, ReferenceEngine(plan.tokenizer))
         yield lambda block: Here().submit(worker.work, block)
         return

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 OUTPUT_VERSION = 2
 """Of what is written for the same input; leftovers of another version are not gone on with."""
 SMALL_BYTES = 4 << 20
-"""Up to this much data the reference does the work: a fast engine would not have started by then."""
+"""Up to this much data one process and the reference do the work: anything faster would not have started by then."""
 PACKED = 4
 """How much larger compressed data may be when it is read."""
 KINDS: dict[str, Kind] = {"text": "text", "preference": "preference"}
@@ -72,9 +72,10 @@ class Plan:
         return token_dtype(max(self.vocab_size, self.id_limit))
 
     @cached_property
-    def text_size(self) -> int | None:
-        """Bytes of all files when unpacked, rather too many; None where a server does not say."""
-        return text_size(self.sources)
+    def is_small(self) -> bool:
+        """Whether all files together are plain ones of at most ``SMALL_BYTES``."""
+        size = None if any(map(_is_packed, self.sources)) else text_size(self.sources)
+        return size is not None and size <= SMALL_BYTES
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -143,9 +144,12 @@ def text_size(sources: Sequence[Source]) -> int | None:
     for source in sources:
         if (size := source.size()) is None:
             return None
-        packed = source.compression is not None or source.kind in (".parquet", ".arrow")
-        total += size * (PACKED if packed else 1)
+        total += size * (PACKED if _is_packed(source) else 1)
     return total
+
+
+def _is_packed(source: Source) -> bool:
+    return source.compression is not None or source.kind in (".parquet", ".arrow")
 
 
 def _format_of(source: Source, options: TokenizeOptions) -> tuple[str, str]:

@@ -34,7 +34,7 @@ from megatron_ext.data.manifest import (
     TokenHistogram,
 )
 from megatron_ext.data.pipeline import available_cores
-from megatron_ext.data.plan import SMALL_BYTES, Plan, make_plan
+from megatron_ext.data.plan import Plan, make_plan
 from megatron_ext.data.rendering import ChatTemplate
 from megatron_ext.data.shards import Shards, clear, left_start
 from megatron_ext.data.source_facts import SourceFacts
@@ -167,7 +167,7 @@ def _start(plan: Plan) -> Start:
     moment = datetime.now().isoformat()
     if plan.options.slow_tokenizer:
         return Start(PYTHON, "slow_tokenizer was asked for", moment)
-    if plan.text_size is not None and plan.text_size <= SMALL_BYTES:
+    if plan.is_small:
         return Start(TOKENIZERS, "there is too little data for another engine", moment)
     if reason := refusal(plan.tokenizer.to_str()):  # type: ignore[union-attr]
         return Start(TOKENIZERS, f"gigatoken is not used: {reason}", moment)
