@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from training import column, run, write_checkpoint, write_dataset, write_job, wr
 
 from megatron_ext.events import Events
 from megatron_ext.weights.export import export
-from megatron_ext.weights.manifest import read_manifest
+from megatron_ext.weights.manifest import read_manifest, write_latest
 
 TP2 = {"nproc_per_node": 2, "tensor_model_parallel_size": 2}
 PP2 = {"nproc_per_node": 2, "pipeline_model_parallel_size": 2}
@@ -96,6 +98,21 @@ def test_ranks_that_share_the_context_equal_one_process(base: Path) -> None:
     assert_same(base / "text-one", base / "text-cp2")
     padded = {"packing": False}
     assert_same(trained(base, "padded-one", {}, padded), trained(base, "padded-cp2", CP2, padded))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "runtime"), [("from-tp2", TP2), pytest.param("from-dp2", DP2, marks=pytest.mark.slow)]
+)
+def test_a_training_goes_on_as_one_process(base: Path, name: str, runtime: dict) -> None:
+    trained(base, name, {**runtime, "save_interval": 2, "keep_every": 2})
+    out = Path(shutil.copytree(base / name, base / f"{name}-on", ignore=shutil.ignore_patterns("iter_0000004")))
+    write_latest(out, 2)
+    state = json.loads((out / "training_state.json").read_text())
+    (out / "training_state.json").write_text(json.dumps(state | {"summary": None}))
+    events = run(write_job(out, base / "base" / "checkpoint", base / "data"))
+    assert any("resumed after step 2" in event.get("text", "") for event in events)
+    assert_same(base / "one", out)
 
 
 def test_recomputation_changes_no_digit(base: Path) -> None:
