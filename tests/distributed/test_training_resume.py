@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -64,12 +66,20 @@ def assert_equal(one: Path, other: Path) -> None:
     assert [p.name for p in other.glob("iter_*")] == ["iter_0000009"], "older checkpoints are removed"
 
 
-def test_training_killed_between_checkpoints_ends_bit_for_bit_as_uninterrupted(base: Path) -> None:
-    killed = job(base, "killed")
+def test_training_killed_at_random_moments_ends_bit_for_bit_as_uninterrupted(base: Path) -> None:
+    killed, draw = job(base, "killed"), random.Random(time.time_ns())
     assert kill_when(start(killed), step_done(killed, 5), signal.SIGKILL) == -signal.SIGKILL
     assert read_latest(base / "killed") in (3, 6)
+    for _ in range(2):
+        worker = start(killed)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.wait(timeout=draw.uniform(0, 6))  # anywhere: in its imports, its load, a step, a save, the export
+        worker.kill()
+        worker.wait()
     resumed = run(job(base, "killed", num_threads=2))
-    assert [e["num_threads"] for e in resumed if e["event"] == "ranks"] == [1, 1], "the first thread count stays"
+    threads = [e["num_threads"] for e in resumed if e["event"] == "ranks"]
+    assert len(threads) >= 2
+    assert set(threads) == {1}, "the first thread count stays"
     assert any(e["event"] == "note" and "resumed after step" in e["text"] for e in resumed)
     assert_equal(base / "whole", base / "killed")
 
