@@ -37,7 +37,8 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int) ->
     logits = logits.float()
     ranks, columns = parallel_state.get_tensor_model_parallel_world_size(), logits.size(-1)
     if ranks == 1:
-        return F.cross_entropy(logits[:, :vocab_size], labels, reduction="none")
+        own = logits if columns == vocab_size else logits[:, :vocab_size]
+        return F.cross_entropy(own, labels, reduction="none")
     first = parallel_state.get_tensor_model_parallel_rank() * columns
     own = min(max(vocab_size - first, 0), columns)
     if own < columns:
@@ -107,8 +108,10 @@ def sequence_log_probabilities(
 
 
 def _trained_losses(batch: Batch, output: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    places = batch.loss_mask.nonzero()[:, 0]
-    return places, token_losses(output.flatten(0, 1).index_select(0, places), batch.labels[places], vocab_size)
+    places, flat = batch.loss_mask.nonzero()[:, 0], output.flatten(0, 1)
+    if len(places) == len(flat):  # text: nothing to leave out, so nothing to copy
+        return places, token_losses(flat, batch.labels, vocab_size)
+    return places, token_losses(flat.index_select(0, places), batch.labels[places], vocab_size)
 
 
 def _parts(total: torch.Tensor, count: int, trained: int, sums: dict[str, torch.Tensor] | None = None) -> LossParts:
