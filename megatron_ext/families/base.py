@@ -32,7 +32,7 @@ class Architecture(Section):
     rotary_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = Field(
         default=None,
-        description="rope_type linear or llama3, and its parameters under Hugging Face's names",
+        description="rope_type linear, llama3 or yarn, and its parameters under Hugging Face's names",
     )
     share_embeddings_and_output_weights: bool = False
     add_bias_linear: bool = False

@@ -6,6 +6,7 @@ transformers 5 writes ``rope_parameters``, ``dtype`` and ``num_local_experts`` w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,8 @@ WITHOUT_EFFECT = {
     "unsloth_version", "unsloth_fixed", "transformers.js_config",
 }  # fmt: skip
 """Keys that change nothing that is converted: token ids, loading, initialization, generation, training-time dropout."""
+MOST = {"num_hidden_layers": 4096, "num_experts": 4096}
+"""Beyond this a config.json is damaged, and a list of all its weights would fill the memory."""
 REQUANTIZE = "export the weights unquantized first"
 
 
@@ -75,7 +78,7 @@ def read_architecture(family: ModelFamily, config: Mapping[str, Any]) -> Archite
         activation=values.get("hidden_act") or "silu",
         rotary_base=base,
         rope_scaling=scaling,
-        share_embeddings_and_output_weights=bool(values.get("tie_word_embeddings")),
+        share_embeddings_and_output_weights=_flag(values, "tie_word_embeddings"),
         add_bias_linear=_all_linear_biases(values) if "mlp_bias" in family.config_defaults else False,
         window_size=window,
         window_attn_skip_freq=layers,
@@ -90,7 +93,13 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     Raises:
         UnsupportedModelError: a rope type or parameter not in ROPE_SCALINGS, or rotary positions on a part of the head.
     """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    old, new = (config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
+    for key, given in (("rope_scaling", old), ("rope_parameters", new)):
+        if not isinstance(given, Mapping):
+            raise SourceError(f"config.json: {key} must be an object, not {given!r}")
+    if old and new and any(new.get(key, value) != value for key, value in old.items()):
+        raise SourceError("config.json: rope_scaling and rope_parameters contradict each other; remove one of them")
+    rope = {**old, **new}
     kind = rope.get("rope_type", rope.get("type", "default"))
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     base = _number({"rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10000.0)}, "rope_theta")
@@ -112,7 +121,13 @@ def _spelled_as_here(config: Mapping[str, Any]) -> dict[str, Any]:
     """transformers takes ``num_experts`` and ``num_local_experts`` for the same."""
     renamed = dict(config)
     if "num_local_experts" in renamed:
-        renamed["num_experts"] = renamed.pop("num_local_experts")
+        here, there = renamed.get("num_experts"), renamed.pop("num_local_experts")
+        if here is not None and there is not None and here != there:
+            raise SourceError(
+                f"config.json: num_experts {here} and num_local_experts {there} contradict each other; "
+                "remove one of them"
+            )
+        renamed["num_experts"] = there if there is not None else here
     return renamed
 
 
@@ -205,14 +220,23 @@ def _size(values: Mapping[str, Any], key: str, default: int | None = None) -> in
     value = default if values.get(key) is None else values[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SourceError(f"config.json: {key} must be a positive integer, not {_shown(values, key)}")
+    if value > MOST.get(key, value):
+        raise SourceError(f"config.json: {key} {value} is more than the {MOST[key]} that any model has; correct it")
     return value
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:
     value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise SourceError(f"config.json: {key} must be a positive number, not {_shown(values, key)}")
     return value
+
+
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    value = values.get(key)
+    if value not in (None, True, False):
+        raise SourceError(f"config.json: {key} must be true or false, not {value!r}")
+    return bool(value)
 
 
 def _optional(values: Mapping[str, Any], key: str) -> float | bool:

@@ -41,6 +41,8 @@ def parse_upcycle(text: str) -> UpcycleConfig:
         key, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"--upcycle {text!r}: {item!r} is not of the form key=value; try num_experts=8,topk=2")
+        if key.strip() in values:
+            raise ConfigError(f"--upcycle {text!r} gives {key.strip()} twice; give it once")
         values[key.strip()] = value.strip()
     return validated(UpcycleConfig, values, f"--upcycle {text}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext import families
-from megatron_ext.config import RuntimeConfig
+from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.errors import SourceError, UnsupportedModelError
 from megatron_ext.families import available, find_family
 from megatron_ext.families.base import Architecture
@@ -203,6 +203,14 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
         ("llama", {"rope_parameters": YARN | {"short_factor": [1.0]}}, UnsupportedModelError, ["'short_factor'"]),
         ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, SourceError,
          ["original_max_position_embeddings", "missing"]),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 5.0},
+                   "rope_parameters": {"rope_type": "linear", "factor": 3.0}}, SourceError, ["contradict each other"]),
+        ("llama", {"rope_parameters": [1]}, SourceError, ["rope_parameters must be an object"]),
+        ("llama", {"rope_theta": float("inf")}, SourceError, ["rope_theta", "inf"]),
+        ("llama", {"rms_norm_eps": float("nan")}, SourceError, ["rms_norm_eps", "nan"]),
+        ("llama", {"num_hidden_layers": 10**9}, SourceError, ["num_hidden_layers 1000000000", "4096"]),
+        ("llama", {"tie_word_embeddings": "false"}, SourceError, ["tie_word_embeddings", "'false'"]),
+        ("mixtral", {"num_experts": 2, "num_local_experts": 4}, SourceError, ["contradict each other"]),
         ("llama", {"num_key_value_heads": 3}, SourceError, ["num_attention_heads 8", "num_key_value_heads 3"]),
         ("llama", {"hidden_size": 100}, SourceError, ["hidden_size 100"]),
         ("llama", {"rms_norm_eps": 0}, SourceError, ["rms_norm_eps", "0"]),
@@ -268,7 +276,9 @@ def test_routing_is_that_of_transformers(name, normalised, topk):
     gate = router(config)
     torch.nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(topk))
     logits, weights, indices = gate(torch.randn(50, 32, generator=torch.Generator().manual_seed(1)))
-    ours = experts_config(read_architecture(find_family(name), config.to_dict()), RuntimeConfig(), fused=False)
+    train = TrainConfig(global_batch_size=1, train_iters=1, lr=1.0)
+    architecture = read_architecture(find_family(name), config.to_dict())
+    ours = experts_config(architecture, train, RuntimeConfig(), fused=False)
     probs, chosen = topk_routing_with_score_function(
         logits, ours["moe_router_topk"], use_pre_softmax=ours["moe_router_pre_softmax"]
     )
