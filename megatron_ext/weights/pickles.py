@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
+import zlib
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +54,20 @@ MEGATRON_ENUMS = (
 """Classes of megatron.core that the ``args`` of a Megatron-LM checkpoint hold."""
 BEFORE_1_6 = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 """How files of torch.save begin that are no zip: with torch's number for them."""
+DAMAGE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    AssertionError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What torch and zipfile raise for a file that is not whole."""
+CHECKED_BYTES = 1 << 20
+"""Read at once to compute checksums."""
 NUMPY = ("_reconstruct", "scalar")
 HARMLESS: dict[str, Any] = {
     "argparse.Namespace": Namespace,
@@ -69,7 +86,8 @@ HARMLESS: dict[str, Any] = {
 
 def load_pickle(path: Path, *, trust: bool = False) -> Any:
     """What ``torch.save`` wrote to ``path``; tensors are backed by the file's pages as long as nobody copies them.
-    If torch before 1.6 wrote it, they are in memory.
+    If torch before 1.6 wrote it, they are in memory. Before that the whole file is read once in this process, and held
+    against the checksums that it carries; torch itself does not look at them.
 
     ``trust`` loads the file whatever it wants, as a program: only for files whose writer is trusted.
 
@@ -84,10 +102,14 @@ def load_pickle(path: Path, *, trust: bool = False) -> Any:
         if not zipped and magic != BEFORE_1_6:
             raise SourceError(f"{path} is damaged, or torch did not write it; download it again")
         if trust:
+            if zipped:
+                _check_sums(path)
             return torch.load(os.fspath(path), map_location="cpu", mmap=zipped, weights_only=False)
         with _only_harmless():
             if zipped and (unsafe := sorted(get_unsafe_globals_in_checkpoint(os.fspath(path)))):
                 raise _untrusted(path, ", ".join(unsafe[:3]))
+            if zipped:
+                _check_sums(path)
             return torch.load(os.fspath(path), map_location="cpu", mmap=zipped, weights_only=True)
     except FileNotFoundError:
         raise SourceError(f"{path} is missing") from None
@@ -100,8 +122,27 @@ def load_pickle(path: Path, *, trust: bool = False) -> Any:
         raise SourceError(f"{path} needs a class that is not installed here: {error}") from None
     except PermissionError:
         raise
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, AssertionError) as error:
+    except DAMAGE as error:
         raise SourceError(f"{path} is truncated or damaged ({str(error).partition(chr(10))[0]})") from None
+
+
+def _check_sums(path: Path) -> None:
+    """Hold every record of the zip file against its checksum, where it has one: 0 stands for none.
+
+    Raises:
+        BadZipFile: a record differs; names it.
+    """
+    status = path.stat()
+    _checked_sums(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 16)
+def _checked_sums(path: Path, *_state: int) -> None:
+    with zipfile.ZipFile(path) as records:
+        for record in (record for record in records.infolist() if record.CRC):
+            with records.open(record) as content:
+                while content.read(CHECKED_BYTES):
+                    pass
 
 
 @contextmanager

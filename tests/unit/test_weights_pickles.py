@@ -118,3 +118,30 @@ def test_what_torch_did_not_write_and_a_missing_file_are_named(content, tmp_path
         load_pickle(tmp_path / "odd.bin")
     with pytest.raises(SourceError, match="missing"):
         load_pickle(tmp_path / "absent.bin")
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_damaged_byte_of_a_tensor_is_found_by_the_files_own_checksum(trust, tmp_path):
+    path = saved(tmp_path, {"weight": torch.full((4096,), 3.0)})
+    assert load_pickle(path, trust=trust)["weight"].sum() == 3 * 4096
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((4096,), 3.0).numpy().tobytes()) + 5000] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=r"model_optim_rng\.pt is truncated or damaged \(Bad CRC-32 .*data/0"):
+        load_pickle(path, trust=trust)
+
+
+def test_a_file_without_checksums_loads(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = saved(tmp_path, {"weight": torch.ones(4096)})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_pickle(path)["weight"], torch.ones(4096))
+
+
+def test_checksums_are_computed_once_while_the_file_stays_the_same(tmp_path, monkeypatch):
+    path = saved(tmp_path, {"weight": torch.ones(4096)})
+    load_pickle(path)
+    monkeypatch.setattr("zipfile.ZipFile.open", None)
+    assert torch.equal(load_pickle(path)["weight"], torch.ones(4096))
