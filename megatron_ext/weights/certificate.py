@@ -24,9 +24,9 @@ class LogitsFigures(Section):
     max_logit: float = Field(description="largest |logit| of Hugging Face")
     tolerance: float = Field(description="largest difference that passes")
     top1_differs: int = Field(description="near-ties in which the two models prefer different tokens")
-    window_size: int | None = Field(description="sliding window; a prompt was longer")
     precision: str
     device: str
+    window_size: int | None = Field(default=None, description="sliding window; a prompt was longer")
 
 
 class Certificate(Section):

@@ -60,17 +60,16 @@ def test_experts_answer_as_the_dense_model(case, logits):
     torch.testing.assert_close(experts[..., :vocabulary], theirs, rtol=0, atol=1e-5)
 
 
-def converted(tmp_path, **fields):
+def converted(tmp_path, verify="digest", **fields):
     model = write_model(tmp_path / "hf", num_hidden_layers=2)
     (tmp_path / "out").mkdir()
     config = UpcycleConfig(**FIELDS, **fields)
-    return convert(
-        model, tmp_path / "out", dtype=None, events=Events(), upcycle=config, verify="digest", platform="cpu"
-    )
+    return convert(model, tmp_path / "out", dtype=None, events=Events(), upcycle=config, verify=verify, platform="cpu")
 
 
-def test_the_receipt_states_the_difference_before_training(tmp_path):
-    receipt = converted(tmp_path)["upcycle"]["step_zero"]
+@pytest.mark.parametrize("verify", ["digest", "logits"])
+def test_the_receipt_states_the_difference_before_training(verify, tmp_path):
+    receipt = converted(tmp_path, verify)["upcycle"]["step_zero"]
     assert 0 < receipt["max_difference"] <= 1e-5
     assert receipt["positions"] > 500
     assert read_manifest(tmp_path / "out").changes.step_zero.model_dump() == receipt
