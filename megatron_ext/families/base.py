@@ -120,6 +120,11 @@ class Weight:
         return self.rule.mcore_legend.startswith("V ")
 
 
+def placed(name: str, index: Iterable[int]) -> str:
+    """``name`` with its layer and expert, for people: ``decoder.layers.mlp..., layer 3, expert 1``."""
+    return ", ".join([name, *(f"{kind} {i}" for kind, i in zip(("layer", "expert"), index, strict=False))])
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """How one ``model_type`` of Hugging Face maps to megatron-core's GPTModel; ``weights`` serve both directions."""

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from megatron_ext.errors import CheckpointError
-from megatron_ext.families.base import Weight
+from megatron_ext.families.base import Weight, placed
+from megatron_ext.weights.files import same_bits
 from megatron_ext.weights.megatron_names import FILE, FOLDER, NO_WEIGHTS, Found, Sizes, fused_norm, understood
 from megatron_ext.weights.pickles import load_pickle
+from megatron_ext.weights.verify_digest import same_bits
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 BEFORE_CORE = "language_model."
@@ -51,9 +53,10 @@ class MegatronRanksReader:
         ranks = _Ranks(folder, trust_pickle)
         self.sizes, self.args = ranks.sizes, ranks.args
         shards: dict[Place, dict[int, torch.Tensor]] = {}
-        for (tp, _, ep), offset, model in ranks.chunks():
+        for (tp, pp, ep), offset, model in ranks.chunks():
             for name, tensor in model.items():
                 for place, part in self._placed(name, offset, ep, tensor):
+                    self._check_copy(place, part, shards.get(place, {}), self.sizes.folder(tp, pp, ep))
                     shards.setdefault(place, {}).setdefault(tp, part)
         self._drop_tied_copy(shards)
         for place, found in shards.items():
@@ -78,6 +81,16 @@ class MegatronRanksReader:
     def close(self) -> None:
         """Let go of the files."""
         self._pieces.clear()
+
+    def _check_copy(self, place: Place, copy: torch.Tensor, found: Mapping[int, torch.Tensor], rank: str) -> None:
+        """What parallelism does not split is the same on every rank that holds it: else these are of two models."""
+        if not found or place[0] not in self._known or self._known[place[0]].rule.split is not None:
+            return
+        if not same_bits(copy, next(iter(found.values()))):
+            raise CheckpointError(
+                f"{placed(*place)} of {rank} in {self._folder} differs from the other ranks', which all hold the same; "
+                "copy all folders of one checkpoint"
+            )
 
     def _placed(
         self, name: str, layers_before: int, ep: int, tensor: torch.Tensor
@@ -115,7 +128,7 @@ class MegatronRanksReader:
         if OUTPUT in self._known or (OUTPUT, ()) not in shards:
             return
         copies, own = shards.pop((OUTPUT, ())), shards.get((EMBEDDING, ()), {})
-        if not all(rank in own and torch.equal(copy, own[rank]) for rank, copy in copies.items()):
+        if not all(rank in own and same_bits(copy, own[rank]) for rank, copy in copies.items()):
             raise CheckpointError(
                 f"{OUTPUT} in {self._folder} differs from {EMBEDDING}, but config.json says tie_word_embeddings true; "
                 "give the config.json of this checkpoint's model"
@@ -133,10 +146,10 @@ class MegatronRanksReader:
             ranks = max(1, min(ranks, weight.own_shape[axis] // max(1, some.shape[axis])))
         pieces = {rank % ranks: tensor for rank, tensor in found.items()}
         if missing := [rank for rank in range(ranks) if rank not in pieces]:
-            raise CheckpointError(f"{self._folder} has no {self._named(place)} of tensor-parallel rank {missing[0]}")
+            raise CheckpointError(f"{self._folder} has no {placed(*place)} of tensor-parallel rank {missing[0]}")
         if shapes := {tuple(piece.shape) for piece in pieces.values()} - {tuple(some.shape)}:
             raise CheckpointError(
-                f"{self._named(place)} in {self._folder} has shape {list(some.shape)} on one rank "
+                f"{placed(*place)} in {self._folder} has shape {list(some.shape)} on one rank "
                 f"and {list(shapes.pop())} on another"
             )
         return [pieces[rank] for rank in range(ranks)]
@@ -147,13 +160,13 @@ class MegatronRanksReader:
         stack = tuple(max(numbers) + 1 for numbers in zip(*indices, strict=True))
         for index in product(*(range(size) for size in stack)):
             if (key, index) not in self._pieces:
-                raise CheckpointError(f"{self._folder} has no {self._named((key, index))}; a rank's file is not whole")
+                raise CheckpointError(f"{self._folder} has no {placed(key, index)}; a rank's file is not whole")
         shapes = {self._shape((key, index)): index for index in indices}
         if len(shapes) > 1:
             (one, first), (other, second) = list(shapes.items())[:2]
             raise CheckpointError(
-                f"{self._named((key, first))} in {self._folder} has shape {list(one)}, "
-                f"but {self._named((key, second))} has {list(other)}"
+                f"{placed(key, first)} in {self._folder} has shape {list(one)}, "
+                f"but {placed(key, second)} has {list(other)}"
             )
         self.shapes[key] = (*stack, *next(iter(shapes)))
         types = {piece.dtype for index in indices for piece in self._pieces[key, index]}
@@ -165,12 +178,6 @@ class MegatronRanksReader:
         if len(pieces) > 1 and (split := self._known[place[0]].rule.split):
             shape[split.axis] *= len(pieces)
         return tuple(shape)
-
-    def _named(self, place: Place) -> str:
-        """``key`` with its layer and expert, for people."""
-        key, index = place
-        words = [f"{kind} {number}" for kind, number in zip(("layer", "expert"), index, strict=False)]
-        return f"{key} ({', '.join(words)})" if words else key
 
 
 def cut(start: int, count: int, share: int, ranks: int) -> Iterator[tuple[int, int, int, int]]:
@@ -211,6 +218,7 @@ class _Ranks:
             raise CheckpointError(f"{folder} has no mp_rank_* folders, or folders of several layouts")
         states = {numbers: load_pickle(path, trust=trust_pickle) for numbers, path in found.items()}
         self._models = {numbers: _models(state, found[numbers]) for numbers, state in states.items()}
+        self._check_iterations({found[numbers]: state for numbers, state in states.items()})
         self.args = next((state["args"] for state in states.values() if state.get("args") is not None), None)
         self._models = {self._rank(numbers): models for numbers, models in self._models.items()}
         self.sizes = Sizes(*(max(numbers) + 1 for numbers in zip(*self._models, strict=True)))
@@ -238,6 +246,15 @@ class _Ranks:
         first = next(iter(self._models.values()))
         whole = EMBEDDING in first[0] and any("decoder.final_layernorm.weight" in model for model in first)
         return (numbers[0], 0, numbers[1]) if whole else (*numbers, 0)
+
+    def _check_iterations(self, states: Mapping[Path, Mapping[str, Any]]) -> None:
+        """All files that name an iteration name the same."""
+        saved = {state["iteration"]: path for path, state in states.items() if isinstance(state.get("iteration"), int)}
+        if len(saved) > 1:
+            (one, first), (other, second) = list(saved.items())[:2]
+            raise CheckpointError(
+                f"{first} is of iteration {one}, but {second} of iteration {other}; copy all folders of one checkpoint"
+            )
 
     def _check_whole(self) -> None:
         """Each stage is there at each tensor-parallel rank, and at each expert-parallel one."""

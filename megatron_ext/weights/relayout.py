@@ -16,7 +16,7 @@ import torch
 from megatron_ext.config import VerifyLevel
 from megatron_ext.errors import ConfigError, VerificationError, unknown
 from megatron_ext.events import Events
-from megatron_ext.families.base import Weight
+from megatron_ext.families.base import Weight, placed
 from megatron_ext.folders import emptied_on_failure
 from megatron_ext.hf_folder import read_config
 from megatron_ext.weights.casting import cast
@@ -131,10 +131,9 @@ def _verified(
         for weight, (_, _, target, count) in piece:
             given, written = source.rows(weight, target, count), made.rows(weight, target, count)
             if not same_bits(given.to(dtypes[weight.key]), written):
-                where = "".join(f", {name} {i}" for name, i in zip(("layer", "expert"), weight.index, strict=False))
                 raise VerificationError(
-                    f"{weight.key}{where} differs from {checkpoint} in rows {target} to {target + count - 1}. Nothing "
-                    "was published; check disk and memory of this machine and try again"
+                    f"{placed(weight.key, weight.index)} differs from {checkpoint} in rows {target} to "
+                    f"{target + count - 1}. Nothing was published; check disk and memory of this machine and try again"
                 )
             size += written.nbytes
         return size

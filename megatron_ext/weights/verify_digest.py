@@ -6,7 +6,6 @@ The rows are mapped back by the family's moves one by one, not by the code that 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,8 +19,8 @@ import xxhash
 
 from megatron_ext.errors import CheckpointError, SourceError, VerificationError, WeightMappingError
 from megatron_ext.events import Events
-from megatron_ext.families.base import Part, Weight
-from megatron_ext.weights.files import bytes_of
+from megatron_ext.families.base import Part, Weight, placed
+from megatron_ext.weights.files import bytes_of, same_bits
 from megatron_ext.weights.hf import NAMES, TensorInfo
 from megatron_ext.weights.pipeline import Progress
 from megatron_ext.weights.rules import Move
@@ -198,18 +197,6 @@ def _compare_weight(
     return size
 
 
-_memcmp = ctypes.CDLL(None).memcmp  # 8 GB/s a thread where torch.equal has 5, and NaNs equal themselves
-_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors of one type and shape have the same bytes: a NaN equals itself, -0.0 does not equal 0.0."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    left, right = left.contiguous(), right.contiguous()
-    return _memcmp(left.data_ptr(), right.data_ptr(), left.nbytes) == 0
-
-
 def _difference(weight: Weight, move: Move, ours: torch.Tensor, theirs: torch.Tensor, sides: Sides) -> str:
     """Sentence: which tensor, where, and both values at the first place that differs."""
     columns = max(1, ours[0].numel())
@@ -219,10 +206,9 @@ def _difference(weight: Weight, move: Move, ours: torch.Tensor, theirs: torch.Te
     row, column = divmod(first, columns)
     part = weight.parts[move.part]
     expert = "" if part.index is None else f"[{part.index}]"
-    where = "".join(f", {name} {i}" for name, i in zip(("layer", "expert"), weight.index, strict=False))
     values = [float(side.reshape(-1)[first]) for side in (theirs, ours)]
     return (
         f"{part.name}{expert} differs at row {move.source + row}, column {column}: {values[0]:.9g} in {sides.model}, "
-        f"{values[1]:.9g} in {sides.checkpoint} ({weight.key}{where}, row {move.target + row}); "
+        f"{values[1]:.9g} in {sides.checkpoint} ({placed(weight.key, weight.index)}, row {move.target + row}); "
         f"{int(differs.sum()):,} of the {differs.numel():,} values beside it differ"
     )

@@ -368,7 +368,29 @@ def test_a_parameter_that_one_rank_lacks_is_named(models, tmp_path):
     name = f"{LAYER}1.mlp.linear_fc2.weight"
     checkpoint = foreign(models("qwen2"), tmp_path / "ranks", Sizes(2, 2))
     change(checkpoint / "release" / "mp_rank_01_001", lambda state: state["model"].pop(name))
-    refused(CheckpointError, checkpoint, models("qwen2"), tmp_path, "mlp.linear_fc2.weight (layer 3)", "rank 1")
+    refused(CheckpointError, checkpoint, models("qwen2"), tmp_path, "mlp.linear_fc2.weight, layer 3 ", "rank 1")
+
+
+def test_ranks_of_several_iterations_are_refused(models, tmp_path):
+    checkpoint = foreign(models("qwen2"), tmp_path / "ranks", Sizes(tp=2))
+    change(checkpoint / "release" / "mp_rank_01", lambda state: state.update(iteration=500))
+    refused(CheckpointError, checkpoint, models("qwen2"), tmp_path, "mp_rank_01", "iteration 500", "iteration 0")
+
+
+@pytest.mark.parametrize(
+    ("case", "sizes", "rank", "name"),
+    [
+        ("qwen2", Sizes(2, 2), "mp_rank_01_001", "self_attention.linear_qkv.layer_norm_weight"),
+        ("llama", Sizes(tp=2), "mp_rank_01", "mlp.linear_fc2.bias"),
+        ("mixtral", Sizes(2, 1, 2), "mp_rank_01_000", "mlp.router.weight"),
+        ("mixtral", Sizes(1, 1, 2), "mp_rank_00_001", "mlp.router.weight"),
+    ],
+)
+def test_what_ranks_hold_copies_of_must_be_the_same_on_all(case, sizes, rank, name, models, tmp_path):
+    checkpoint = foreign(models(case), tmp_path / "ranks", sizes)
+    change(checkpoint / "release" / rank, lambda state: state["model"][f"{LAYER}1.{name}"].view(-1)[3].add_(1))
+    layer = 1 + 2 * (sizes.pp - 1)
+    refused(CheckpointError, checkpoint, models(case), tmp_path, f"{name}, layer {layer} of {rank}", "one checkpoint")
 
 
 def test_names_from_before_megatron_core_are_refused(models, tmp_path):
