@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -104,12 +105,17 @@ def launch(base: Path, model: str, data: str, processes: int) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """A port for each job: the processes of the next one must not meet at the store of the one before."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """A port for each job, since the processes of the next one must not meet at the store of the one before; none that
+    the system gives to connections, for those of the jobs before would take it.
+    """
+    found: list[int] = []
+    for port in random.sample(range(20000, 32000), 12000):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def exported(base: Path, model: str, name: str) -> dict[str, torch.Tensor]:
