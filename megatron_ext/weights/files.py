@@ -119,6 +119,18 @@ def bytes_of(tensor: torch.Tensor) -> Any:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
 
 
+_memcmp = ctypes.CDLL(None).memcmp  # 8 GB/s a thread where torch.equal has 5, and NaNs equal themselves
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors of one type and shape have the same bytes: a NaN equals itself, -0.0 does not equal 0.0."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    left, right = left.contiguous(), right.contiguous()
+    return _memcmp(left.data_ptr(), right.data_ptr(), left.nbytes) == 0
+
+
 def _reserve(descriptor: int, size: int) -> None:
     """Take the room; where the file system cannot, only set the size (glibc's posix_fallocate would write it all)."""
     os.ftruncate(descriptor, size)

@@ -21,7 +21,6 @@ from megatron_ext.families.base import Weight, placed
 from megatron_ext.weights.files import same_bits
 from megatron_ext.weights.megatron_names import FILE, FOLDER, NO_WEIGHTS, Found, Sizes, fused_norm, understood
 from megatron_ext.weights.pickles import load_pickle
-from megatron_ext.weights.verify_digest import same_bits
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 BEFORE_CORE = "language_model."
