@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_ext.errors import SourceError
 from megatron_ext.families.base import Part
 from megatron_ext.hf_folder import read_index, weight_files, weights_index
-from megatron_ext.weights.files import OpenFile
+from megatron_ext.weights.files import OpenFile, same_bits
 from megatron_ext.weights.streams import row_bytes
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -34,8 +34,8 @@ SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def short_name(dtypes: set[torch.dtype]) -> str:
-    """``bf16``, ``fp16``, ``fp32``, or ``mixed`` for several types (or another one)."""
-    names = {dtype: name for name, dtype in SHORT.items()}
+    """``bf16``, ``fp16``, ``fp32``, ``fp64``, or ``mixed`` for several types (or another one)."""
+    names = {dtype: name for name, dtype in SHORT.items()} | {torch.float64: "fp64"}
     return names.get(next(iter(dtypes)), "mixed") if len(dtypes) == 1 else "mixed"
 
 
@@ -173,10 +173,10 @@ def check_index(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def same_tensor(reader: HFWeights, left: str, right: str) -> bool:
-    """Whether two tensors hold the same numbers; read in pieces."""
+    """Whether two tensors hold the same bytes; read in pieces."""
     info, other = reader.tensors[left], reader.tensors[right]
-    if info.shape != other.shape:
+    if info != other:
         return False
     step = max(1, (8 << 20) // row_bytes(info.shape, info.dtype))
     blocks = ((start, min(step, info.shape[0] - start)) for start in range(0, info.shape[0], step))
-    return all(torch.equal(*(reader.rows(Part(n, info.shape), *block) for n in (left, right))) for block in blocks)
+    return all(same_bits(*(reader.rows(Part(n, info.shape), *block) for n in (left, right))) for block in blocks)

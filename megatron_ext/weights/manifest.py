@@ -39,7 +39,7 @@ class CheckpointManifest(Section):
     hf_layout: str | None = Field(
         default=None, description="how the source names its weights, if its family has several"
     )
-    dtype: str = Field(description="bf16, fp16, fp32, or mixed: type of the weights in this checkpoint")
+    dtype: str = Field(description="bf16, fp16, fp32, fp64, or mixed: type of the weights in this checkpoint")
     source_dtype: str = Field(description="type of the weights in the Hugging Face source")
     weight_dtypes: dict[str, str] = Field(
         default_factory=dict,

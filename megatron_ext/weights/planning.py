@@ -49,8 +49,8 @@ def check_coverage(
     expected = hf_shapes(plan)
     layers = range(architecture.num_layers)
     derived = {name.format(i=i) for name in family.derived_weights for i in layers}
-    derived |= {part.name for part in family.idle(architecture)}
-    surplus = {name for name in source.tensors if name not in expected and name not in derived}
+    idle = {part.name: part.tensor_shape for part in family.idle(architecture)}
+    surplus = {name for name in source.tensors if name not in expected | idle and name not in derived}
     if architecture.share_embeddings_and_output_weights:
         surplus -= _tied_copies(family, source, surplus)
     if missing := [name for name in expected if name not in source.tensors]:
@@ -63,8 +63,8 @@ def check_coverage(
             f"no rule converts {min(surplus)} of {model} ({len(surplus)} such weights); the family "
             f"{family.hf_architecture} does not know it: add a rule in megatron_ext/families/, or correct config.json"
         )
-    for name, shape in expected.items():
-        if source.tensors[name].shape != shape:
+    for name, shape in (expected | idle).items():
+        if name in source.tensors and source.tensors[name].shape != shape:
             raise WeightMappingError(
                 f"{name} of {model} has shape {list(source.tensors[name].shape)}, but config.json implies {list(shape)}"
             )

@@ -1,0 +1,54 @@
+"""Weights that no ordinary model has: not numbers, in fp64, out of range, where config.json says there are none."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import write_model
+
+from megatron_ext.errors import WeightMappingError
+from megatron_ext.events import Events
+from megatron_ext.weights.convert import convert
+from megatron_ext.weights.export import export
+from megatron_ext.weights.megatron_writer import asked_layout
+
+WEIGHTS = "model.safetensors"
+
+
+def converted(model: Path, out: Path, **options) -> dict:
+    out.mkdir()
+    return convert(model, out, **({"dtype": None, "verify": "digest"} | options), events=Events())
+
+
+def exported(checkpoint: Path, model: Path, out: Path, **options) -> dict:
+    out.mkdir()
+    return export(checkpoint, model, out, **({"dtype": None, "verify": "digest"} | options), events=Events())
+
+
+def test_a_shared_expert_that_config_json_denies_is_not_dropped(tmp_path):
+    model = write_model(tmp_path / "hf", "qwen2_moe", num_hidden_layers=1)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"shared_expert_intermediate_size": 0}))
+    with pytest.raises(WeightMappingError, match=r"shared_expert\.\w+\.weight .* has shape .* config\.json implies"):
+        converted(model, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("layout", [None, asked_layout("mp_rank", pp=2)], ids=["torch_dist", "mp_rank"])
+def test_a_tied_copy_with_values_that_are_no_numbers_is_a_copy(layout, tmp_path):
+    model = write_model(tmp_path / "hf", num_hidden_layers=2, tie_word_embeddings=True)
+    tensors = load_file(model / WEIGHTS)
+    tensors["model.embed_tokens.weight"][3, 5] = torch.nan
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    converted(model, tmp_path / "checkpoint", layout=layout)
+
+
+def test_a_model_in_fp64_says_so(tmp_path):
+    model = write_model(tmp_path / "hf", num_hidden_layers=1)
+    tensors = {name: tensor.double() for name, tensor in load_file(model / WEIGHTS).items()}
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    assert converted(model, tmp_path / "checkpoint")["dtype"] == "fp64"
+    summary = exported(tmp_path / "checkpoint", model, tmp_path / "out")
+    assert (summary["dtype"], summary["verified"]["dtype"]) == ("fp64", "fp64")
