@@ -86,7 +86,7 @@ def convert(
         check_sizes(plan, source.architecture, layout)
     manifest = laid_out(_manifest(model, source, changes, dtypes, keep_own=dtype is None), layout)
     with emptied_on_failure(out):
-        writer = checkpoint_writer(out, plan, dtypes, source.architecture, layout)
+        writer = checkpoint_writer(out, plan, dtypes, source.architecture, layout, events)
         write_checkpoint(writer, plan, reader, dtypes, events)
         write_manifest(out, manifest)
         write_latest(out, "release")

@@ -30,15 +30,11 @@ from megatron_ext.weights.manifest import (
 )
 from megatron_ext.weights.megatron_names import is_ranks_folder
 from megatron_ext.weights.megatron_ranks import EMBEDDING, MegatronRanksReader, place_in_model
-from megatron_ext.weights.megatron_writer import MegatronRanksWriter, RankLayout, megatron_args, vocab_rows
+from megatron_ext.weights.megatron_settings import check_vocabulary, compare_settings, other_rope
+from megatron_ext.weights.megatron_writer import MegatronRanksWriter, RankLayout, vocab_rows
 from megatron_ext.weights.planning import architecture_of, check_stored
 from megatron_ext.weights.streams import CheckpointReader, CheckpointWriter, stored_bytes
 from megatron_ext.weights.torch_dist import BLOB_OVERHEAD, CHUNK_BYTES, TorchDistReader, TorchDistWriter
-
-SHAPING = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "num_experts")
-"""Settings of Megatron-LM that say where one weight ends and the next begins."""
-COMPUTING = ("rotary_base", "norm_epsilon", "moe_router_topk", "add_qkv_bias", "normalization", "swiglu")
-"""Settings that change what is computed. Converters do not always save those of the model."""
 
 
 def plan_of(manifest: CheckpointManifest) -> list[Weight]:
@@ -63,8 +59,8 @@ def manifest_of(checkpoint: Path, model: Path, events: Events, *, trust_pickle: 
     """The checkpoint's manifest, or, for files of ranks that came without one, what config.json of ``model`` implies.
 
     Raises:
-        CheckpointError: there is no manifest and no file of a rank, or a shape or setting contradicts config.json;
-            names it.
+        CheckpointError: there is no manifest and no file of a rank, or a shape, a setting or the vocabulary
+            contradicts config.json; names it.
         WeightMappingError: a weight of the files is not in that model, or one of the model's not in the files.
         UntrustedPickleError: as ``open_checkpoint``.
     """
@@ -75,7 +71,9 @@ def manifest_of(checkpoint: Path, model: Path, events: Events, *, trust_pickle: 
     plan = list(family.plan(architecture))
     reader = MegatronRanksReader(latest_folder(checkpoint), plan, trust_pickle=trust_pickle)
     check_stored(plan, reader, checkpoint)
-    _compare_settings(reader.args, architecture, checkpoint, events)
+    compare_settings(reader.args, architecture, checkpoint, events)
+    rows = reader.shapes[EMBEDDING][0]
+    check_vocabulary(reader.args, architecture, reader.sizes.tp, rows, checkpoint, events)
     said = config.get("dtype") or config.get("torch_dtype") or "float32"
     return CheckpointManifest(
         layout="mp_rank",
@@ -86,26 +84,11 @@ def manifest_of(checkpoint: Path, model: Path, events: Events, *, trust_pickle: 
         dtype=short_name(set(reader.dtypes.values())),
         source_dtype=short_name({dtype for dtype, name in CONFIG_NAMES.items() if name == said}),
         vocab_size=architecture.vocab_size,
-        padded_vocab_size=reader.shapes[EMBEDDING][0],
+        padded_vocab_size=rows,
         tokenizer_digest=tokenizer_digest(model),
         chat_template=own_template(model),
         iteration=read_latest(checkpoint),
     )
-
-
-def _compare_settings(args: Any, architecture: Architecture, checkpoint: Path, events: Events) -> None:
-    """Hold what Megatron-LM was told against config.json: heads of other sizes would fit into the same shapes."""
-    ours = megatron_args(architecture, RankLayout(), {})
-    for name in (*SHAPING, *COMPUTING):
-        theirs, expected = getattr(args, name, None), getattr(ours, name)
-        if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
-            theirs = getattr(args, "num_attention_heads", None)
-        if theirs in (None, expected) or (expected is None and name in COMPUTING):
-            continue
-        said = f"{checkpoint} was written with {name} {theirs}, but config.json of the model implies {expected}"
-        if name in SHAPING:
-            raise CheckpointError(f"{said}; give --model the folder of this checkpoint's model")
-        events.note(f"{said}: if the weights were trained so, the exported model computes something else")
 
 
 def checkpoint_writer(
@@ -114,8 +97,11 @@ def checkpoint_writer(
     dtypes: Mapping[str, torch.dtype],
     architecture: Architecture,
     layout: RankLayout | None,
+    events: Events,
 ) -> CheckpointWriter:
     """A writer of ``release`` in the checkpoint folder: files of ranks if there is a ``layout``, else torch_dist.
+
+    Notes what files of ranks cannot say of the model.
 
     Raises:
         DiskSpaceError: the disk has too little room; nothing was written.
@@ -123,6 +109,8 @@ def checkpoint_writer(
     """
     folder = iteration_folder(out, "release")
     if layout is not None:
+        if unsaid := other_rope(architecture):
+            events.note(unsaid)
         return MegatronRanksWriter(folder, plan, dtypes, architecture, layout)
     total = stored_bytes(plan, dict(dtypes))
     require_space(out, total + BLOB_OVERHEAD * (6 * len(plan) + total // CHUNK_BYTES), "the converted checkpoint")

@@ -75,7 +75,8 @@ def relayout(
     if dtype:
         manifest = manifest.model_copy(update={"dtype": dtype, "weight_dtypes": {}})
     with emptied_on_failure(out):
-        _copy(checkpoint_writer(out, plan, dtypes, manifest.architecture, layout), plan, source, dtypes, events)
+        writer = checkpoint_writer(out, plan, dtypes, manifest.architecture, layout, events)
+        _copy(writer, plan, source, dtypes, events)
         write_manifest(out, manifest)
         write_latest(out, "release")
         verified = None

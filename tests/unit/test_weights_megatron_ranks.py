@@ -337,22 +337,145 @@ def test_a_model_that_the_files_are_not_of_is_refused(models, tmp_path):
     refused(CheckpointError, checkpoint, model, tmp_path, "linear_fc1", "320", "256")
 
 
-def test_settings_that_contradict_config_json_are_refused_where_they_shape_and_noted_where_they_compute(
-    models, tmp_path
-):
+def set_args(checkpoint: Path, **settings) -> Path:
+    for path in (checkpoint / "release").iterdir():
+        change(path, lambda state: vars(state["args"]).update(settings))
+    return checkpoint
+
+
+def notes_of(events: Path) -> list[str]:
+    return [event["text"] for event in Follower(events).new() if event["event"] == "note"]
+
+
+def notes_of_export(checkpoint: Path, model: Path, tmp_path: Path) -> list[str]:
+    """What an export with its gate tells of the checkpoint's settings."""
+    (tmp_path / "back").mkdir()
+    events = Events(tmp_path / "events")
+    export(checkpoint, model, tmp_path / "back", dtype=None, events=events, verify="digest")
+    return [note for note in notes_of(tmp_path / "events") if not note.startswith("verified")]
+
+
+def test_heads_of_other_sizes_that_fill_the_same_rows_are_refused(models, tmp_path):
     """8 heads of 8 and 2 groups fill the same rows as 4 heads of 16 and 1 group."""
     checkpoint = foreign(models("qwen2"), tmp_path / "ranks")
-    change(checkpoint / "release" / "mp_rank_00", lambda state: setattr(state["args"], "rotary_base", 500000))
-    out = tmp_path / "back"
-    out.mkdir()
-    export(checkpoint, models("qwen2"), out, dtype=None, events=Events(tmp_path / "events"))
-    notes = [event["text"] for event in Follower(tmp_path / "events").new() if event["event"] == "note"]
-    assert any("rotary_base 500000" in note and "10000" in note for note in notes)
     model = Path(shutil.copytree(models("qwen2"), tmp_path / "hf"))
     config = json.loads((model / "config.json").read_text())
     heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
     (model / "config.json").write_text(json.dumps(config | heads))
     refused(CheckpointError, checkpoint, model, tmp_path, "num_attention_heads 8", "implies 4")
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "value", "implied"),
+    [
+        ("qwen2", "apply_layernorm_1p", True, "False"),
+        ("qwen2", "rotary_interleaved", True, "False"),
+        ("qwen2", "rotary_percent", 0.5, "1.0"),
+        ("qwen2", "position_embedding_type", "learned_absolute", "rope"),
+        ("qwen2", "position_embedding_type", "yarn", "rope"),
+        ("qwen2", "swiglu", False, "True"),
+        ("qwen2", "squared_relu", True, "False"),
+        ("qwen2", "normalization", "LayerNorm", "RMSNorm"),
+        ("qwen2", "ffn_hidden_size", 80, "160"),
+        ("qwen2", "vocab_size", 600, "512"),
+        ("mixtral", "moe_router_score_function", "sigmoid", "softmax"),
+        ("mixtral", "moe_router_topk_scaling_factor", 2.5, "1.0"),
+    ],
+)
+def test_settings_that_make_another_model_of_the_same_weights_are_refused(case, name, value, implied, models, tmp_path):
+    checkpoint = set_args(foreign(models(case), tmp_path / "ranks"), **{name: value})
+    refused(CheckpointError, checkpoint, models(case), tmp_path, f"{name} {value}", f"implies {implied}", "--model")
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "value"),
+    [
+        ("qwen2", "rotary_base", 500000),
+        ("qwen2", "norm_epsilon", 0.1),
+        ("qwen2", "window_size", (15, 0)),
+        ("qwen2", "use_rope_scaling", True),
+        ("mixtral", "moe_router_pre_softmax", True),
+    ],
+)
+def test_settings_that_only_compute_are_noted_once(case, name, value, models, tmp_path):
+    checkpoint = set_args(foreign(models(case), tmp_path / "ranks"), **{name: value})
+    (note,) = notes_of_export(checkpoint, models(case), tmp_path)
+    assert f"{name} {value}" in note
+    assert "computes something else" in note
+
+
+def test_what_other_programs_save_beside_the_models_settings_passes_without_a_word(models, tmp_path):
+    settings = {
+        "num_experts": None, "ffn_hidden_size": 160, "moe_router_score_function": "sigmoid", "moe_router_topk": 2,
+        "moe_router_topk_scaling_factor": None, "moe_router_pre_softmax": True, "vocab_size": None, "rotary_base": 1e4,
+    }  # fmt: skip
+    checkpoint = set_args(foreign(models("qwen2"), tmp_path / "ranks", Sizes(tp=2)), **settings)
+    assert notes_of_export(checkpoint, models("qwen2"), tmp_path) == []
+
+
+def append_rows(checkpoint: Path, count: int) -> Path:
+    """Rows that no padding explains, in embedding and output layer of every rank."""
+
+    def append(state):
+        for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            state["model"][name] = torch.cat([state["model"][name], torch.ones(count, 64, dtype=torch.bfloat16)])
+
+    for path in (checkpoint / "release").iterdir():
+        change(path, append)
+    return checkpoint
+
+
+def test_rows_of_tokens_that_the_model_does_not_have_are_not_dropped_as_padding(models, tmp_path):
+    checkpoint = append_rows(foreign(models("qwen2"), tmp_path / "ranks", Sizes(tp=2)), 50)
+    refused(
+        CheckpointError, checkpoint, models("qwen2"), tmp_path, "612 rows", "100 more", "128", "makes 512", "tokenizer"
+    )
+
+
+def test_rows_whose_number_no_setting_explains_are_noted(models, tmp_path):
+    checkpoint = append_rows(foreign(models("qwen2"), tmp_path / "ranks"), 100)
+    set_args(checkpoint, make_vocab_size_divisible_by=None, vocab_size=None)
+    (note,) = notes_of_export(checkpoint, models("qwen2"), tmp_path)
+    assert "612 rows, 100 more than vocab_size 512" in note
+
+
+def test_files_without_padding_pass_whatever_divisor_their_settings_name(models, tmp_path):
+    checkpoint = ranks(models("llama"), tmp_path / "ranks", make_vocab_size_divisible_by=1)
+    (checkpoint / MANIFEST).unlink()
+    set_args(checkpoint, make_vocab_size_divisible_by=128)
+    assert notes_of_export(checkpoint, models("llama"), tmp_path) == []
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("rope", "fragment"),
+    [
+        (YARN, "rope_type yarn"),
+        (LLAMA3 | {"low_freq_factor": 2.0}, "low_freq_factor 2"),
+        (LLAMA3 | {"original_max_position_embeddings": 4096}, "original_max_position_embeddings 4096"),
+        ({"rope_type": "default", "rope_theta": 10000.5}, "rope_theta 10000.5"),
+        (LLAMA3, None),
+    ],
+)
+def test_a_rope_that_megatron_lms_settings_cannot_say_is_noted(rope, fragment, models, tmp_path):
+    model = Path(shutil.copytree(models("llama"), tmp_path / "hf"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope, "max_position_embeddings": 16384}))
+    for name in ("direct", "trained", "anew"):
+        (tmp_path / name).mkdir()
+    layout = RankLayout(Sizes(tp=2))
+    convert(model, tmp_path / "direct", dtype=None, events=Events(tmp_path / "1"), layout=layout)
+    convert(model, tmp_path / "trained", dtype=None, events=Events(tmp_path / "2"))
+    relayout(tmp_path / "trained", model, tmp_path / "anew", dtype=None, events=Events(tmp_path / "3"), layout=layout)
+    told = [notes_of(tmp_path / number) for number in "123"]
+    assert [len(notes) for notes in told] == ([1, 0, 1] if fragment else [0, 0, 0])
+    assert all(fragment in note and "--use-checkpoint-args" in note for notes in told for note in notes)
 
 
 def test_a_parameter_that_no_rule_knows_is_named_by_its_layer_in_the_whole_model(models, tmp_path):
