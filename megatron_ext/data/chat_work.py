@@ -44,6 +44,7 @@ class ChatBlock:
     rows: list[tuple[int, Any]]
     skipped: Counts
     ends_source: bool = False
+    first: bool = False
 
 
 def chat_blocks(
@@ -59,13 +60,13 @@ def chat_blocks(
         if number < position[0]:
             continue
         start = position[1] if number == position[0] else 0
-        skipped, row, held = Skipped(skip), start, []
+        skipped, row, held, first = Skipped(skip), start, [], number == 0 and start == 0
         for row, value in read_rows(source, wanted_columns(format, columns), start, skipped.on_bad):
             held.append((row, value))
             if len(held) == BLOCK_ROWS:
-                yield ChatBlock(number, str(source), format, row, held, skipped.take())
-                held = []
-        yield ChatBlock(number, str(source), format, row, held, skipped.take(), True)
+                yield ChatBlock(number, str(source), format, row, held, skipped.take(), first=first)
+                held, first = [], False
+        yield ChatBlock(number, str(source), format, row, held, skipped.take(), True, first)
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,7 @@ class ChatWorker:
 
     def __init__(self, spec: ChatSpec, reference: ReferenceEngine) -> None:
         self._spec, self._reference = spec, reference
-        self._template = ChatTemplate(
-            spec.template,
-            spec.special_tokens,
-            last_turn_only=spec.options.last_turn_only,
-            train_on_prompt=spec.options.train_on_prompt,
-        )
+        self._template = spec.chat_template()
         self._takes_tools: bool | None = None
         self._engine: GigatokenEngine | None = None
         if spec.engine == GIGATOKEN:
@@ -182,8 +178,7 @@ class ChatWorker:
         ids = self._engine.encode(texts)
         counts.reference_documents += self._engine.reference_documents - before
         comparison = Comparison(self._reference)
-        first = block.source == 0 and block.rows[0][0] <= BLOCK_ROWS
-        comparison.check(texts, ids, rows, block.place, first=first)
+        comparison.check(texts, ids, rows, block.place, first=block.first)
         counts.compared_documents += comparison.documents
         counts.compared_bytes += comparison.bytes
         return Batch(ids.values, self._masks.mask(documents, texts, ids), ids.lengths)

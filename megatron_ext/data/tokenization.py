@@ -7,9 +7,10 @@ the build goes on, so a killed one is taken up where it was. Which engine encode
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -143,23 +144,33 @@ def _build(plan: Plan, out: Path, workers: int, events: Events) -> DatasetManife
     left = left_start(out, plan.identity)
     start = Start(**left) if left else _start(plan)
     facts = SourceFacts(plan.sources)
-    with ThreadPoolExecutor(1, thread_name_prefix="proof") as background:
-        proof: Future[Proof] = Future()
-        if start.engine == GIGATOKEN:
-            proof = background.submit(prove, plan.tokenizer)
+    proof = _proven_meanwhile(plan) if start.engine == GIGATOKEN else Future()
+    try:
         try:
-            try:
-                return _attempt(plan, out, start, proof, facts, workers, events)
-            except EngineDiffersError as error:
-                why = f"gigatoken is not exact here: {error}"
-                events.note(f"{why}; tokenizers does the work, which takes longer")
-                slow = replace(start, engine=TOKENIZERS, why=why)
-                return _attempt(plan, out, slow, proof, facts, workers, events)
-        except UserError:
-            clear(out)  # the shards of input that is at fault are of no use
-            raise
-        finally:
-            facts.stop()
+            return _attempt(plan, out, start, proof, facts, workers, events)
+        except EngineDiffersError as error:
+            why = f"gigatoken is not exact here: {error}"
+            events.note(f"{why}; tokenizers does the work, which takes longer")
+            return _attempt(plan, out, replace(start, engine=TOKENIZERS, why=why), proof, facts, workers, events)
+    except UserError:
+        clear(out)  # the shards of input that is at fault are of no use
+        raise
+    finally:
+        facts.stop()
+
+
+def _proven_meanwhile(plan: Plan) -> Future[Proof]:
+    """The outcome of the stress set, found beside the work in a thread that nobody waits for when the work ends."""
+    proof: Future[Proof] = Future()
+
+    def find() -> None:
+        try:
+            proof.set_result(prove(plan.tokenizer))  # type: ignore[arg-type]
+        except BaseException as error:  # noqa: BLE001 (the future raises it)
+            proof.set_exception(error)
+
+    threading.Thread(target=find, name="proof", daemon=True).start()
+    return proof
 
 
 def _start(plan: Plan) -> Start:
