@@ -102,7 +102,8 @@ def verify(
         CheckpointError, SourceError, WeightMappingError, VocabularyError: they cannot be compared.
     """
     started = time.monotonic()
-    manifest = manifest_of(checkpoint, model, events, trust_pickle=trust_pickle)
+    noting = events if direction is None else Events()  # who gives the direction has read the manifest before
+    manifest = manifest_of(checkpoint, model, noting, trust_pickle=trust_pickle)
     check_level(level, manifest.architecture, platform)
     source = source_of(manifest, checkpoint, model, trust_pickle=trust_pickle)
     plan, tensors = source.plan, source.reader.tensors
