@@ -59,6 +59,10 @@ class VerificationError(UserError):
     exit_code = 1
 
 
+class CheckpointChangedError(VerificationError):
+    """A converted checkpoint no longer holds what was converted, by the digests of its certificate."""
+
+
 class DatasetFormatError(UserError):
     """A row does not fit the dataset format; names file, row and field."""
 

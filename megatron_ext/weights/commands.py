@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from megatron_ext.config import Dtype, VerifyLevel, VocabInit
-from megatron_ext.errors import ConfigError, VerificationError
+from megatron_ext.errors import ConfigError, UserError
 from megatron_ext.folders import published, size_in_bytes
 from megatron_ext.options import AsJson, ModelFolder, Out, Overwrite, report
 from megatron_ext.terminal import TerminalEvents
@@ -131,14 +131,17 @@ def verify(
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a checkpoint and a Hugging Face folder hold the same model: exit code 0 if they do, 1 if not."""
+    """Check that a checkpoint and a Hugging Face folder hold the same model.
+
+    Exit code 0 if they do, 1 if they differ, 2 if they cannot be compared.
+    """
     from megatron_ext.weights.certificate import facts
     from megatron_ext.weights.verify import verify as verify_weights
 
     with TerminalEvents() as events:
         try:
             certificate = verify_weights(checkpoint, model, level=level, events=events, trust_pickle=trust_pickle)
-        except VerificationError as error:
+        except UserError as error:
             if as_json:
                 typer.echo(json.dumps({"verified": False, "reason": str(error)}))
             raise

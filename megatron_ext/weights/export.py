@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from megatron_ext.config import VerifyLevel
-from megatron_ext.errors import ConfigError, VocabularyError, unknown
+from megatron_ext.errors import ConfigError, unknown
 from megatron_ext.events import Events
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Weight
 from megatron_ext.folders import emptied_on_failure, require_space
-from megatron_ext.hf_folder import read_config, tokenizer_digest
+from megatron_ext.hf_folder import read_config
 from megatron_ext.weights.certificate import CERTIFICATE
 from megatron_ext.weights.hf import CONFIG_NAMES, SHORT, TensorInfo, short_name
 from megatron_ext.weights.hf_writer import SafetensorsWriter
@@ -29,7 +29,7 @@ from megatron_ext.weights.layouts import manifest_of, open_checkpoint
 from megatron_ext.weights.manifest import CheckpointManifest
 from megatron_ext.weights.pipeline import write_model
 from megatron_ext.weights.planning import check_stored, hf_shapes
-from megatron_ext.weights.sources import descends
+from megatron_ext.weights.sources import descends, require_tokenizer
 from megatron_ext.weights.streams import CheckpointReader
 from megatron_ext.weights.verify import check_level, gate
 
@@ -121,12 +121,7 @@ def checked_plan(
         VocabularyError: the checkpoint was made with another tokenizer.
     """
     descends(manifest, config, checkpoint, model)
-    if tokenizer_digest(model) != manifest.tokenizer_digest:
-        raise VocabularyError(
-            f"the tokenizer files of {model} are not those that {checkpoint} was converted with "
-            f"(digest {tokenizer_digest(model)}, not {manifest.tokenizer_digest}); "
-            "give --model the folder that was converted"
-        )
+    require_tokenizer(manifest, checkpoint, model)
     return list(find_family(manifest.family).plan(manifest.architecture, hf_layout or manifest.hf_layout))
 
 

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.errors import CheckpointError
+from megatron_ext.errors import CheckpointError, VocabularyError
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture, ModelFamily, Weight
 from megatron_ext.families.hf_config import read_architecture
-from megatron_ext.hf_folder import read_config
+from megatron_ext.hf_folder import read_config, tokenizer_digest
 from megatron_ext.weights.changes import ModelChanges, changed_config
 from megatron_ext.weights.hf import HFWeights, open_weights
 from megatron_ext.weights.manifest import CheckpointManifest
@@ -107,6 +107,19 @@ def descends(manifest: CheckpointManifest, config: Mapping[str, Any], checkpoint
                 "give --model the folder that was converted"
             )
     return changed
+
+
+def require_tokenizer(manifest: CheckpointManifest, checkpoint: Path, model: Path) -> None:
+    """The tokenizer files of ``model`` are those that the checkpoint was converted with.
+
+    Raises:
+        VocabularyError: they are not.
+    """
+    if (found := tokenizer_digest(model)) != manifest.tokenizer_digest:
+        raise VocabularyError(
+            f"the tokenizer files of {model} are not those that {checkpoint} was converted with "
+            f"(digest {found}, not {manifest.tokenizer_digest}); give --model the folder that was converted"
+        )
 
 
 def _changed(

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 
-from megatron_ext.errors import WeightMappingError
+from megatron_ext.errors import PrecisionError, WeightMappingError
 from megatron_ext.events import Events
+from megatron_ext.weights.casting import cast
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 from megatron_ext.weights.megatron_writer import asked_layout
@@ -52,3 +53,20 @@ def test_a_model_in_fp64_says_so(tmp_path):
     assert converted(model, tmp_path / "checkpoint")["dtype"] == "fp64"
     summary = exported(tmp_path / "checkpoint", model, tmp_path / "out")
     assert (summary["dtype"], summary["verified"]["dtype"]) == ("fp64", "fp64")
+
+
+@pytest.mark.parametrize(
+    ("value", "own", "dtype", "remedy"),
+    [
+        (3.4e38, torch.float32, torch.bfloat16, "bf16 cannot.*use --dtype fp32$"),
+        (1e5, torch.float32, torch.float16, "fp16 cannot.*use --dtype bf16 or fp32$"),
+        (1e5, torch.bfloat16, torch.float16, "fp16 cannot.*use --dtype bf16 or fp32$"),
+        (1e300, torch.float64, torch.float32, "fp32 cannot.*leave out --dtype$"),
+    ],
+)
+def test_a_value_beyond_the_type_is_refused_and_never_infinity(value, own, dtype, remedy):
+    rows = torch.tensor([[1.0, value]], dtype=own)
+    with pytest.raises(PrecisionError, match=f"odd holds .* at row 7, column 1, which {remedy}"):
+        cast(rows, dtype, "odd", 7)
+    infinite = torch.tensor([torch.inf, torch.nan], dtype=own)
+    assert torch.equal(cast(infinite, dtype, "odd", 0)[:1], infinite[:1].to(dtype))

@@ -16,7 +16,14 @@ from tiny import write_model
 import megatron_ext.families.llama as llama
 from megatron_ext import cli
 from megatron_ext.config import ModelConfig, RuntimeConfig, UpcycleConfig
-from megatron_ext.errors import CheckpointError, ConfigError, VerificationError, WeightMappingError
+from megatron_ext.errors import (
+    CheckpointChangedError,
+    CheckpointError,
+    ConfigError,
+    VerificationError,
+    VocabularyError,
+    WeightMappingError,
+)
 from megatron_ext.events import Events
 from megatron_ext.weights import convert as converting
 from megatron_ext.weights import export as exporting
@@ -240,6 +247,42 @@ def read_manifest_architecture():
     )  # fmt: skip
 
 
+def test_an_export_of_a_checkpoint_that_changed_since_it_was_converted_is_refused(pristine, tmp_path):
+    """The export equals the damaged checkpoint; the certificate of the conversion knows better."""
+    model, checkpoint = pristine / "hf", Path(shutil.copytree(pristine / "checkpoint", tmp_path / "checkpoint"))
+    tensors = load_file(model / WEIGHTS)
+    damage(checkpoint, tensors[OUT_PROJECTION], 3, 5)
+    said = rf"{OUT_PROJECTION} in .*{CERTIFICATE}.*changed since it was converted; convert again$"
+    with pytest.raises(CheckpointChangedError, match=said):
+        exported(checkpoint, model, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    tensors[OUT_PROJECTION].view(torch.int32)[3, 5] ^= 1
+    save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointChangedError, match=said):
+        verified(checkpoint, other)
+
+
+def test_an_export_in_the_sources_wider_type_is_compared_in_it(tmp_path):
+    model = write_model(tmp_path / "hf", num_hidden_layers=1)
+    checkpoint = converted(model, tmp_path / "checkpoint", dtype="bf16")
+    assert "converted from" in verified(checkpoint, model).compared
+    out = exported(checkpoint, model, tmp_path / "out", dtype="fp32")
+    assert "exported from" in verified(checkpoint, out).compared
+    tensors = load_file(out / WEIGHTS)
+    tensors[DOWN_PROJECTION].view(torch.int32)[2, 3] ^= 1
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=rf"{DOWN_PROJECTION} differs at row 2, column 3.*nor is it the model"):
+        verified(checkpoint, out)
+
+
+def test_another_tokenizer_makes_another_model(pristine, tmp_path):
+    model = Path(shutil.copytree(pristine / "hf", tmp_path / "hf"))
+    (model / "added_tokens.json").write_text('{"<new>": 511}')
+    with pytest.raises(VocabularyError, match="tokenizer files"):
+        verified(pristine / "checkpoint", model)
+
+
 CHANGES = {
     "extra vocabulary": {"extra_vocab_size": 5},
     "upcycled with noise": {"upcycle": UpcycleConfig(num_experts=4, topk=2, noise_std=0.01)},
@@ -252,6 +295,8 @@ def test_what_the_conversion_changed_passes_against_the_source_and_against_the_e
     checkpoint = converted(model, tmp_path / "checkpoint", verify="none", **CHANGES[case])
     out = exported(checkpoint, model, tmp_path / "out")
     assert verified(checkpoint, model).bytes == verified(checkpoint, out).bytes
+    assert "made a second time by the same code" in verified(checkpoint, model).compared
+    assert "same code" not in verified(checkpoint, out).compared
     damage(checkpoint, load_file(model / WEIGHTS)[OUT_PROJECTION], 0, 0)
     for folder in (model, out):
         with pytest.raises(VerificationError, match=OUT_PROJECTION):
@@ -276,8 +321,13 @@ def test_mflow_verify_exits_with_0_1_or_2_as_cmp_does(pristine, tmp_path, monkey
     said = json.loads(capsys.readouterr().out)
     assert not said["verified"]
     assert OUT_PROJECTION in said["reason"]
-    assert mflow(monkeypatch, "verify", "--checkpoint", checkpoint, "--model", tmp_path / "absent") == 2
+    absent = ["verify", "--checkpoint", checkpoint, "--model", tmp_path / "absent"]
+    assert mflow(monkeypatch, *absent) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+    assert mflow(monkeypatch, *absent, "--json") == 2
+    said = json.loads(capsys.readouterr().out)
+    assert not said["verified"]
+    assert "absent does not exist" in said["reason"]
 
 
 def test_convert_that_fails_the_gate_exits_with_1_and_leaves_nothing(pristine, tmp_path, monkeypatch, capsys):
