@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_ext.errors import PrecisionError
+from megatron_ext.events import Events
 from megatron_ext.weights.hf import SHORT, short_name
 
 
@@ -28,3 +29,28 @@ def cast(rows: torch.Tensor, dtype: torch.dtype, name: str, first: int) -> torch
         f"{name} holds {value:.6g} at row {row}{column}, which {short_name({dtype})} cannot: its largest value is "
         f"{torch.finfo(dtype).max:.6g}; " + (f"use --dtype {' or '.join(wide)}" if wide else "leave out --dtype")
     )
+
+
+class Underflow:
+    """Tensors that became zero, whole, because their type ends above their values; any thread may show it rows."""
+
+    def __init__(self) -> None:
+        self._zero: set[str] = set()
+        self._kept: set[str] = set()
+
+    def see(self, name: str, rows: torch.Tensor, result: torch.Tensor) -> None:
+        """Some ``rows`` of tensor ``name``, and what became of them."""
+        if name in self._kept or torch.finfo(result.dtype).tiny <= torch.finfo(rows.dtype).tiny:
+            return
+        if result.any():
+            self._kept.add(name)
+        elif rows.any():
+            self._zero.add(name)
+
+    def tell(self, events: Events) -> None:
+        """Name them."""
+        if lost := sorted(self._zero - self._kept):
+            events.note(
+                f"{lost[0]} became zero ({len(lost)} such tensors): all its values are too small for the type; "
+                "bf16 and fp32 keep them"
+            )

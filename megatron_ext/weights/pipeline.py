@@ -17,7 +17,7 @@ import torch
 
 from megatron_ext.events import Events
 from megatron_ext.families.base import Weight
-from megatron_ext.weights.casting import cast
+from megatron_ext.weights.casting import Underflow, cast
 from megatron_ext.weights.hf import TensorInfo
 from megatron_ext.weights.rules import Move
 from megatron_ext.weights.streams import (
@@ -49,15 +49,18 @@ def write_checkpoint(
         size = 0
         for weight, (part, first, target, count) in piece:
             name = weight.parts[part].name
-            rows = cast(source.rows(weight.parts[part], first, count), dtypes[weight.key], name, first)
+            given = source.rows(weight.parts[part], first, count)
+            rows = cast(given, dtypes[weight.key], name, first)
+            lost.see(name, given, rows)
             writer.write(weight, target, rows)
             size += rows.nbytes
         return size
 
-    plan = list(plan)
+    plan, lost = list(plan), Underflow()
     progress = Progress(events, sum(row_bytes(w.own_shape, dtypes[w.key]) * w.own_shape[0] for w in plan))
     with _finished(writer):
         work_through(pieces(plan, dtypes), move, writer.sync, progress)
+    lost.tell(events)
 
 
 def write_model(
@@ -73,14 +76,18 @@ def write_model(
         size = 0
         for weight, (part, first, target, count) in piece:
             name = weight.parts[part].name
-            rows = cast(source.rows(weight, target, count), tensors[name].dtype, name, first)
+            given = source.rows(weight, target, count)
+            rows = cast(given, tensors[name].dtype, name, first)
+            lost.see(name, given, rows)
             writer.write(weight.parts[part], first, rows)
             size += rows.nbytes
         return size
 
+    lost = Underflow()
     progress = Progress(events, sum(info.nbytes for info in tensors.values()))
     with _finished(writer):
         work_through(pieces(plan, source.dtypes), move, writer.sync, progress)
+    lost.tell(events)
 
 
 @contextmanager

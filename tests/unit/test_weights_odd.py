@@ -70,3 +70,27 @@ def test_a_value_beyond_the_type_is_refused_and_never_infinity(value, own, dtype
         cast(rows, dtype, "odd", 7)
     infinite = torch.tensor([torch.inf, torch.nan], dtype=own)
     assert torch.equal(cast(infinite, dtype, "odd", 0)[:1], infinite[:1].to(dtype))
+
+
+def test_a_tensor_that_vanishes_in_fp16_is_noted(tmp_path):
+    model = write_model(tmp_path / "hf", num_hidden_layers=1)
+    tensors = load_file(model / WEIGHTS)
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(1e-9)
+    tensors["model.layers.0.mlp.up_proj.weight"][:8] = 1e-9
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    events = Notes()
+    convert(model, tmp_path / "out", dtype="fp16", events=events)
+    (said,) = events.said
+    assert "model.layers.0.mlp.down_proj.weight became zero (1 such tensors)" in said
+
+
+class Notes(Events):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
