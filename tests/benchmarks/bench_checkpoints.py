@@ -2,9 +2,9 @@
 
 Run: ``make bench-checkpoints`` (or ``python tests/benchmarks/bench_checkpoints.py --help``). Random bf16 weights in the
 shape of Qwen2.5-1.5B are written to a temporary folder and stay in the page cache. Every measurement is a process of
-its own: the table's speed is that of the stage (from reading config.json to the last fsync), the wall column the whole
-process with its imports. A ``cp`` + fsync runs right before each, and each ratio is to that one; medians of all rounds.
-Anonymous memory is the peak of RssAnon of the whole process, and is taken on a 7B-shaped model too.
+its own: speed and CPU seconds are those of the stage (from reading config.json to the last fsync), the wall column is
+the whole process with its imports. A ``cp`` + fsync runs right before each, and each ratio is to that one; medians of
+all rounds. Anonymous memory is the peak of RssAnon of the whole process, and is taken on a 7B-shaped model too.
 """
 
 from __future__ import annotations
@@ -40,19 +40,18 @@ STAGE = """
 import json, sys, time
 from pathlib import Path
 stage, model, checkpoint, out, verify = sys.argv[1:]
-began = time.monotonic()
 from megatron_ext.events import Events
 from megatron_ext.folders import fsync_tree
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
-imported = time.monotonic()
+imported, used = time.monotonic(), time.process_time()
 Path(out).mkdir()
 if stage == "convert":
     convert(Path(model), Path(out), dtype=None, events=Events(), verify=verify)
 else:
     export(Path(checkpoint), Path(model), Path(out), dtype=None, events=Events())
 fsync_tree(Path(out))
-print(json.dumps({"seconds": time.monotonic() - imported, "imports": imported - began}))
+print(json.dumps({"seconds": time.monotonic() - imported, "cpu": time.process_time() - used}))
 """
 
 
@@ -61,6 +60,7 @@ class Series:
     """What was measured of one command, round by round; bytes and seconds."""
 
     rates: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     walls: list[float] = field(default_factory=list)
     anonymous: list[int] = field(default_factory=list)
@@ -101,28 +101,30 @@ def speed_table(place: Path, shape: str, rounds: int) -> str:
     series = {name: Series() for name in ("cp + fsync", *commands)}
     for _ in range(rounds):
         for name, (stage, verify) in commands.items():
-            copied = copy(model, place / "copy")
+            copied, cpu = copy(model, place / "copy")
             series["cp + fsync"].rates.append(size / copied)
+            series["cp + fsync"].cpu.append(cpu)
             found = measure(stage, model, place / "out", place / "checkpoint", verify)
             shutil.rmtree(place / "out")
             series[name].rates.append(size / found["seconds"])
             series[name].ratios.append(copied / found["seconds"])
+            series[name].cpu.append(found["cpu"])
             series[name].walls.append(found["wall"])
             series[name].anonymous.append(found["anonymous"])
     shutil.rmtree(place / "checkpoint")
     shutil.rmtree(model)
     rows = [f"| {name} | {_columns(values)} |" for name, values in series.items()]
     head = f"Qwen2.5-{shape} shape, {size / 1e9:.2f} GB bf16, medians of {rounds} rounds"
-    titles = "| | GB/s | to cp in the same round (least to most) | wall s, imports included | peak RssAnon MB |"
-    return "\n".join(["", head, "", titles, "|---|---|---|---|---|", *rows])
+    titles = "| | GB/s | to cp in the same round (least to most) | CPU s | wall s, imports included | peak RssAnon MB |"
+    return "\n".join(["", head, "", titles, "|---|---|---|---|---|---|", *rows])
 
 
 def _columns(values: Series) -> str:
-    rate = f"{statistics.median(values.rates) / 1e9:.2f}"
+    rate, cpu = f"{statistics.median(values.rates) / 1e9:.2f}", f"{statistics.median(values.cpu):.1f}"
     if not values.ratios:
-        return f"{rate} | 1 | | "
+        return f"{rate} | 1 | {cpu} | | "
     spread = f"{statistics.median(values.ratios):.2f}x ({min(values.ratios):.2f}x to {max(values.ratios):.2f}x)"
-    return f"{rate} | {spread} | {statistics.median(values.walls):.1f} | {max(values.anonymous) / 1e6:.0f}"
+    return f"{rate} | {spread} | {cpu} | {statistics.median(values.walls):.1f} | {max(values.anonymous) / 1e6:.0f}"
 
 
 def memory_table(place: Path) -> str:
@@ -140,9 +142,10 @@ def memory_table(place: Path) -> str:
     return "\n".join(["", head, "", "| | s | peak RssAnon MB |", "|---|---|---|", *rows])
 
 
-def copy(model: Path, target: Path) -> float:
-    """Seconds of ``cp`` and fsync; the copy is removed."""
+def copy(model: Path, target: Path) -> tuple[float, float]:
+    """Seconds of ``cp`` and fsync, and of the processor; the copy is removed."""
     os.sync()
+    used = _processor()
     began = time.monotonic()
     subprocess.run(["cp", "-r", str(model), str(target)], check=True)
     for path in [*target.iterdir(), target]:
@@ -150,8 +153,14 @@ def copy(model: Path, target: Path) -> float:
         os.fsync(descriptor)
         os.close(descriptor)
     seconds = time.monotonic() - began
+    used = _processor() - used
     shutil.rmtree(target)
-    return seconds
+    return seconds, used
+
+
+def _processor() -> float:
+    """Seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def measure(stage: str, model: Path, out: Path, checkpoint: Path = Path(), verify: str = "none") -> dict[str, float]:
