@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RECIPE ?= deployments/recipes/demo_sft.yaml
 
-.PHONY: setup demo demo-all up test test-all bench-checkpoints bench-train lint clean
+.PHONY: setup demo demo-all up test test-all bench-checkpoints bench-data bench-train lint clean
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -34,6 +34,10 @@ test-all: setup
 # Speed and memory of convert and export beside cp; 10 minutes and 45 GB of disk. BENCH_ARGS='--without-7b' for 10 GB.
 bench-checkpoints: setup
 	$(BIN)/python tests/benchmarks/bench_checkpoints.py $(BENCH_ARGS)
+
+# Tokenizing beside its engine, tokenizers and datatrove, 10 minutes. BENCH_ARGS='--rounds 1 --large 0' for a quick look.
+bench-data: setup
+	$(BIN)/python tests/benchmarks/bench_data.py $(BENCH_ARGS)
 
 # Speed of the training loop beside a plain transformers loop, some minutes. MFLOW_REAL_DATA=FOLDER for chats, too.
 bench-train: setup

@@ -94,14 +94,15 @@ class Progress:
     def __init__(self, events: Events, facts: SourceFacts, shards: Shards) -> None:
         self._events, self._facts, self._shards = events, facts, shards
         self._started = self._told = time.monotonic()
-        self._rows, self._tokens = shards.rows, shards.tokens
+        self._rows, self._tokens, self._silent = shards.rows, shards.tokens, True
         events.progress(self._rows, facts.rows, "documents")
 
     def tell(self, *, last: bool = False) -> None:
-        """Emit a progress event, if the last one is some time ago."""
-        now = time.monotonic()
-        if now - self._told < PROGRESS_SECONDS and not last:
+        """Emit a progress event with the first tokens, and from then on if the last one is some time ago."""
+        now, begins = time.monotonic(), self._silent and self._shards.tokens > self._tokens
+        if now - self._told < PROGRESS_SECONDS and not (last or begins):
             return
+        self._silent = False
         self._told, seconds = now, max(now - self._started, 1e-9)
         rows, total = self._shards.rows, self._facts.rows
         rate = (rows - self._rows) / seconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
@@ -31,7 +32,8 @@ RENEW_AFTER = 16 << 20
 """Bytes of text an engine encodes at least before its cache is emptied."""
 
 
-class Texts(NamedTuple):
+@dataclass(frozen=True)
+class Texts:
     """UTF-8 texts one after the other.
 
     Attributes:
@@ -109,6 +111,9 @@ class Engine(Protocol):
 class ReferenceEngine:
     """The tokenizer itself."""
 
+    reference_documents = 0
+    """Documents of another engine that were left to this one."""
+
     def __init__(self, tokenizer: Tokenizer | SlowTokenizer) -> None:
         self.tokenizer = tokenizer
         self.name = TOKENIZERS if type(tokenizer).__module__.startswith("tokenizers") else PYTHON
@@ -179,7 +184,7 @@ class GigatokenEngine:
             del self._tokenizer  # before the new one is made
             self._renew()
         self._encoded += int(texts.bounds[-1] - texts.bounds[0])
-        contents = awkward.contents
+        contents: Any = awkward.contents
         characters = contents.NumpyArray(texts.data, parameters={"__array__": "char"})
         strings = contents.ListOffsetArray(
             awkward.index.Index64(texts.bounds), characters, parameters={"__array__": "string"}
@@ -200,7 +205,8 @@ class GigatokenEngine:
 
         buffers = pyarrow.py_buffer(texts.bounds), pyarrow.py_buffer(texts.data)
         strings = pyarrow.LargeStringArray.from_buffers(texts.count, *buffers)
-        return pc.match_substring_regex(strings, self._unsafe).to_numpy(zero_copy_only=False).nonzero()[0]
+        found = pc.match_substring_regex(strings, self._unsafe)  # pyright: ignore[reportAttributeAccessIssue]
+        return found.to_numpy(zero_copy_only=False).nonzero()[0]
 
     def _mixed(self, texts: Texts, unsafe: np.ndarray) -> Ids:
         """Ids of texts of which some go to the reference."""

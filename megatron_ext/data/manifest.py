@@ -64,9 +64,13 @@ class SourceFile(Section):
     rows: int = Field(description="Rows that became documents, or were left out for what they are (empty, overlong).")
     digest: str = Field(description="xxh3-128 of its bytes; of what the server says identifies them, for a URL.")
     format: str
-    weight: float = Field(1.0, description="Share in a blend, relative to the other inputs; used when training reads.")
-    input: str = Field("", description="What the user wrote that named this file: itself, a glob, a folder.")
-    documents: int | None = Field(None, description="Documents that it became; they follow those of the file before.")
+    weight: float = Field(
+        default=1.0, description="Share in a blend, relative to the other inputs; used when training reads."
+    )
+    input: str = Field(default="", description="What the user wrote that named this file: itself, a glob, a folder.")
+    documents: int | None = Field(
+        default=None, description="Documents that it became; they follow those of the file before."
+    )
 
 
 class Side(Section):
@@ -121,22 +125,24 @@ class EngineRecord(Section):
     name: str = Field(description="gigatoken, tokenizers, or python (the slow tokenizer).")
     version: str
     why: str
-    stress_texts: int = Field(0, description="Texts of the stress set, each encoded alike by engine and reference.")
-    compared_documents: int = Field(0, description="Documents of this data encoded by both, id for id alike.")
+    stress_texts: int = Field(
+        default=0, description="Texts of the stress set, each encoded alike by engine and reference."
+    )
+    compared_documents: int = Field(default=0, description="Documents of this data encoded by both, id for id alike.")
     compared_bytes: int = 0
-    reference_documents: int = Field(0, description="Documents left to the reference, for their characters.")
+    reference_documents: int = Field(default=0, description="Documents left to the reference, for their characters.")
 
 
 class LeftOut(Section):
     """Rows and documents that are not, or not whole, in the dataset."""
 
-    skipped_rows: int = Field(0, description="Rows that do not fit (on_bad_row skip).")
-    first_skipped: tuple[str, ...] = Field((), description="The first few of them, with the reason.")
-    empty_rows: int = Field(0, description="Rows of text without a token.")
-    dropped: int = Field(0, description="Documents longer than max_length, left out.")
-    truncated: int = Field(0, description="Documents cut to max_length.")
-    truncated_tokens: int = Field(0, description="Tokens that were cut off.")
-    split: int = Field(0, description="Documents cut into several of at most max_length.")
+    skipped_rows: int = Field(default=0, description="Rows that do not fit (on_bad_row skip).")
+    first_skipped: tuple[str, ...] = Field(default=(), description="The first few of them, with the reason.")
+    empty_rows: int = Field(default=0, description="Rows of text without a token.")
+    dropped: int = Field(default=0, description="Documents longer than max_length, left out.")
+    truncated: int = Field(default=0, description="Documents cut to max_length.")
+    truncated_tokens: int = Field(default=0, description="Tokens that were cut off.")
+    split: int = Field(default=0, description="Documents cut into several of at most max_length.")
 
 
 class DatasetManifest(Section):
@@ -144,11 +150,13 @@ class DatasetManifest(Section):
 
     format: Literal["megatron-flows/dataset"] = "megatron-flows/dataset"
     version: Literal[1] = 1
-    kind: Kind = Field("chat", description="text: tokens; chat: and a loss mask; preference: two sides of both.")
+    kind: Kind = Field(
+        default="chat", description="text: tokens; chat: and a loss mask; preference: two sides of both."
+    )
     documents: int
     tokens: int = Field(description="Of all sides.")
     trained_tokens: int = Field(description="Tokens that count as labels; the loss mask is 1 there. Text: all.")
-    untrained_documents: int = Field(0, description="Documents without a trained token.")
+    untrained_documents: int = Field(default=0, description="Documents without a trained token.")
     vocab_size: int = Field(description="Number of the tokenizer's tokens, added ones included.")
     max_token_id: int = Field(description="Largest id in the dataset.")
     tokenizer_digest: str
@@ -159,9 +167,9 @@ class DatasetManifest(Section):
     lengths: LengthStatistics = Field(description="Of all documents, on all sides.")
     files: tuple[SourceFile, ...]
     sides: dict[str, Side] = Field(default_factory=dict, description="Preference data: chosen and rejected.")
-    options: TokenizeOptions = Field(TokenizeOptions(), description="What was asked for.")
-    eod_id: int | None = Field(None, description="The id that append_eod put behind every document.")
-    bos_id: int | None = Field(None, description="The id that prepend_bos put before every document.")
+    options: TokenizeOptions = Field(default=TokenizeOptions(), description="What was asked for.")
+    eod_id: int | None = Field(default=None, description="The id that append_eod put behind every document.")
+    bos_id: int | None = Field(default=None, description="The id that prepend_bos put before every document.")
     left_out: LeftOut = LeftOut()
     histogram: TokenHistogram | None = None
     engine: EngineRecord | None = None

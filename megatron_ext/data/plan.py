@@ -161,7 +161,7 @@ def _format_of(source: Source, options: TokenizeOptions) -> tuple[str, str]:
 
 
 def _kind(sources: Sequence[Source], formats: Sequence[str]) -> Kind:
-    kinds = [KINDS.get(format, "chat") for format in formats]
+    kinds: list[Kind] = [KINDS.get(format, "chat") for format in formats]
     for source, kind in zip(sources, kinds, strict=True):
         if kind != kinds[0]:
             raise DatasetFormatError(

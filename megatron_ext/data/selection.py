@@ -169,7 +169,7 @@ def _preference(dataset: Dataset, choice: Choice) -> Arrays:
     kept = np.minimum(lengths, limit)
     trained = [has_trained_label(mask, side) for mask, side in zip(dataset.loss_masks, kept.T, strict=True)]
     places = aligned(kept - 1, choice.pack_alignment).sum(1)
-    return _packed(dataset, choice, (lengths > limit).any(1), np.logical_and(*trained), kept.sum(1) - 1, places)
+    return _packed(dataset, choice, np.any(lengths > limit, axis=1), np.logical_and(*trained), kept.sum(1) - 1, places)
 
 
 def _packed(

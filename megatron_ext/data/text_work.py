@@ -95,11 +95,10 @@ class TextWorker:
         if block.batch is None:
             return Done(block.source, block.row, True, counts=counts)
         texts = Texts.of_arrow(block.batch.values)
-        fast = isinstance(self._engine, GigatokenEngine)
-        before = self._engine.reference_documents if fast else 0
+        before = self._engine.reference_documents
         ids = self._engine.encode(texts)
-        if fast:
-            counts.reference_documents += self._engine.reference_documents - before
+        counts.reference_documents += self._engine.reference_documents - before
+        if isinstance(self._engine, GigatokenEngine):
             comparison = Comparison(self._reference)
             comparison.check(texts, ids, _rows(block.batch), block.place, first=block.first)
             counts.compared_documents, counts.compared_bytes = comparison.documents, comparison.bytes

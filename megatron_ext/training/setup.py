@@ -56,8 +56,9 @@ def read_base(job: Job) -> Base:
     """
     train = validated(TrainConfig, job.config, "train")
     checkpoint = Path(job.inputs["checkpoint"])
-    manifest, dataset = read_manifest(checkpoint), open_dataset(Path(job.inputs["dataset"]))
+    manifest = read_manifest(checkpoint)
     require_torch_dist(manifest, checkpoint)
+    dataset = open_dataset(Path(job.inputs["dataset"]))
     started = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
     if train.precision == "fp8" and job.runtime.platform == "cpu":
         raise PlatformError("train.precision fp8 needs Transformer Engine, which a CPU has not; take bf16")

@@ -196,6 +196,7 @@ def test_a_sequence_length_that_the_alignment_does_not_divide_is_refused(
         run("pack", place, *arguments)
 
 
-def test_pairs_of_answers_are_not_packed(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(DatasetFormatError, match="pairs are not packed"):
-        run("pack", dataset(tmp_path / "data", model, "preference"), "--seq-length", 64)
+def test_both_answers_of_a_pair_lie_in_one_bin(tmp_path: Path, model: Path) -> None:
+    place = dataset(tmp_path / "data", model, "preference")
+    summary = run("pack", place, "--seq-length", 64, "--json")
+    assert json.loads(summary)["bins"] > 0
