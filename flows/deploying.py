@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config import read_yaml
+from megatron_ext.config_files import read_yaml
 from tasks.store import ROOT, Store
 
 FOLDER = Path(__file__).resolve().parent.parent / "deployments"

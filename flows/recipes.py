@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ext.config import Recipe, read_yaml, validated, with_overrides
+from megatron_ext.config import Recipe
+from megatron_ext.config_files import read_yaml, validated, with_overrides
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:

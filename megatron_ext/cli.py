@@ -19,13 +19,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from megatron_ext.config import (
-    EvalConfig,
-    TrainJobConfig,
-    read_yaml,
-    validated,
-    with_overrides,
-)
+from megatron_ext.config import EvalConfig, TrainJobConfig
+from megatron_ext.config_files import read_yaml, validated, with_overrides
 from megatron_ext.data.commands import tokenize
 from megatron_ext.errors import MegatronFlowsError, OutputExistsError, UserError
 from megatron_ext.folders import published

@@ -16,7 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config import TokenizeOptions, validated
+from megatron_ext.config import TokenizeOptions
+from megatron_ext.config_files import validated
 from megatron_ext.data import manifest as names
 from megatron_ext.data.building import Start, build, require_exact
 from megatron_ext.data.chat_templates import special_tokens

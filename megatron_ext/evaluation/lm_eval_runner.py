@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ext.config import EvalConfig, validated
+from megatron_ext.config import EvalConfig
+from megatron_ext.config_files import validated
 from megatron_ext.data.chat_templates import find_template
 from megatron_ext.errors import EvaluationError, MegatronFlowsError, UnsupportedModelError
 from megatron_ext.evaluation.task_names import LocalTasks, read_local_tasks, require_known, unknown_task

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ext.config import RuntimeConfig, TrainConfig, validated
+from megatron_ext.config import RuntimeConfig, TrainConfig
+from megatron_ext.config_files import validated
 from megatron_ext.data.datasets import Dataset, open_dataset
 from megatron_ext.errors import ConfigError, PlatformError
 from megatron_ext.folders import require_space

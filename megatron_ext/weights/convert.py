@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_ext.config import UpcycleConfig, VerifyLevel, VocabInit, validated
+from megatron_ext.config import UpcycleConfig, VerifyLevel, VocabInit
+from megatron_ext.config_files import validated
 from megatron_ext.data.chat_templates import own_template
 from megatron_ext.errors import ConfigError, unknown
 from megatron_ext.events import Events

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_ext.config import UpcycleConfig, validated
+from megatron_ext.config import UpcycleConfig
+from megatron_ext.config_files import validated
 from megatron_ext.errors import ConfigError, UnsupportedModelError
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture, Part, Weight

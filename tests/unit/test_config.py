@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_ext.config import Recipe, TrainConfig, read_yaml, validated, with_overrides
+from megatron_ext.config import Recipe, TrainConfig
+from megatron_ext.config_files import read_yaml, validated, with_overrides
 from megatron_ext.errors import ConfigError
 
 RECIPE = {

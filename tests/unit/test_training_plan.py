@@ -225,7 +225,7 @@ def test_the_worker_refuses_before_torch_is_imported(
 
 
 def test_unknown_train_keys_are_refused() -> None:
-    from megatron_ext.config import validated
+    from megatron_ext.config_files import validated
 
     with pytest.raises(UserError, match="did you mean 'global_batch_size'"):
         validated(TrainConfig, {"global_batchsize": 4, "lr": 1e-3, "train_iters": 1}, "train")
