@@ -3,78 +3,46 @@
 import json
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import xxhash
+from conversions import (
+    DOWN_PROJECTION,
+    OUT_PROJECTION,
+    WEIGHTS,
+    architecture,
+    converted,
+    damage,
+    exported,
+    verified,
+    write_pristine,
+)
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 
 import megatron_ext.families.llama as llama
-from megatron_ext import cli
-from megatron_ext.config import ModelConfig, RuntimeConfig, UpcycleConfig
+from megatron_ext.config import UpcycleConfig
 from megatron_ext.errors import (
     CheckpointChangedError,
     CheckpointError,
-    ConfigError,
     VerificationError,
     VocabularyError,
     WeightMappingError,
 )
-from megatron_ext.events import Events
 from megatron_ext.weights import convert as converting
 from megatron_ext.weights import export as exporting
 from megatron_ext.weights.certificate import CERTIFICATE, read_certificate
-from megatron_ext.weights.convert import convert
-from megatron_ext.weights.export import export
 from megatron_ext.weights.manifest import read_manifest, write_manifest
 from megatron_ext.weights.rules import Move
-from megatron_ext.weights.verify import check_level, verify
 from megatron_ext.weights.verify_digest import require_every_row, same_bits
-
-WEIGHTS = "model.safetensors"
-OUT_PROJECTION = "model.layers.1.self_attn.o_proj.weight"
-DOWN_PROJECTION = "model.layers.0.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> Path:
-    """``hf``, and its conversion ``checkpoint``."""
-    place = tmp_path_factory.mktemp("pristine")
-    write_model(place / "hf", num_hidden_layers=2)
-    converted(place / "hf", place / "checkpoint")
-    return place
-
-
-def converted(model: Path, out: Path, **options) -> Path:
-    out.mkdir()
-    convert(model, out, **({"dtype": None, "verify": "digest"} | options), events=Events())
-    return out
-
-
-def exported(checkpoint: Path, model: Path, out: Path, **options) -> Path:
-    out.mkdir()
-    export(checkpoint, model, out, **({"dtype": None, "verify": "digest"} | options), events=Events())
-    return out
-
-
-def verified(checkpoint: Path, model: Path):
-    return verify(checkpoint, model, level="digest", events=Events())
-
-
-def damage(checkpoint: Path, tensor: torch.Tensor, row: int, column: int) -> None:
-    """Flip the lowest bit of one value, where the files of the checkpoint hold ``tensor``'s row."""
-    wanted = tensor[row].contiguous().view(torch.uint8).numpy().tobytes()
-    for path in checkpoint.rglob("*.distcp"):
-        content = path.read_bytes()
-        if (place := content.find(wanted)) >= 0:
-            place += column * tensor.element_size()
-            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-            return
-    raise AssertionError("no file of the checkpoint holds this row")
+    return write_pristine(tmp_path_factory.mktemp("pristine"))
 
 
 def test_a_pass_leaves_a_certificate_with_the_digest_of_every_tensor(pristine):
@@ -229,22 +197,12 @@ def test_another_model_cannot_be_compared(pristine, tmp_path):
     ],
 )
 def test_a_rule_that_loses_or_doubles_rows_is_named(moves, said):
-    architecture = read_manifest_architecture()
-    plan = list(llama.FAMILY.plan(architecture))
+    plan = list(llama.FAMILY.plan(architecture()))
     require_every_row(plan)
     number = next(i for i, weight in enumerate(plan) if weight.parts[0].name == OUT_PROJECTION)
     plan[number] = replace(plan[number], moves=moves)
     with pytest.raises(WeightMappingError, match=said):
         require_every_row(plan)
-
-
-def read_manifest_architecture():
-    from megatron_ext.families.base import Architecture
-
-    return Architecture(
-        num_layers=2, hidden_size=64, ffn_hidden_size=160, num_attention_heads=8, num_query_groups=2, kv_channels=8,
-        vocab_size=512, max_position_embeddings=512, layernorm_epsilon=1e-6,
-    )  # fmt: skip
 
 
 def test_an_export_of_a_checkpoint_that_changed_since_it_was_converted_is_refused(pristine, tmp_path):
@@ -301,103 +259,3 @@ def test_what_the_conversion_changed_passes_against_the_source_and_against_the_e
     for folder in (model, out):
         with pytest.raises(VerificationError, match=OUT_PROJECTION):
             verified(checkpoint, folder)
-
-
-def mflow(monkeypatch, *arguments: str | Path) -> int:
-    """Exit code of the command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["mflow", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code or 0
-
-
-def test_mflow_verify_exits_with_0_1_or_2_as_cmp_does(pristine, tmp_path, monkeypatch, capsys):
-    checkpoint = Path(shutil.copytree(pristine / "checkpoint", tmp_path / "checkpoint"))
-    line = ["verify", "--checkpoint", checkpoint, "--model", pristine / "hf"]
-    assert mflow(monkeypatch, *line) == 0
-    assert "bit for bit in fp32" in capsys.readouterr().out
-    damage(checkpoint, load_file(pristine / "hf" / WEIGHTS)[OUT_PROJECTION], 0, 0)
-    assert mflow(monkeypatch, *line, "--json") == 1
-    said = json.loads(capsys.readouterr().out)
-    assert not said["verified"]
-    assert OUT_PROJECTION in said["reason"]
-    absent = ["verify", "--checkpoint", checkpoint, "--model", tmp_path / "absent"]
-    assert mflow(monkeypatch, *absent) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert mflow(monkeypatch, *absent, "--json") == 2
-    said = json.loads(capsys.readouterr().out)
-    assert not said["verified"]
-    assert "absent does not exist" in said["reason"]
-
-
-def test_convert_that_fails_the_gate_exits_with_1_and_leaves_nothing(pristine, tmp_path, monkeypatch, capsys):
-    tensor, write_latest = load_file(pristine / "hf" / WEIGHTS)[OUT_PROJECTION], converting.write_latest
-
-    def write_and_damage(out, iteration):
-        write_latest(out, iteration)
-        damage(out, tensor, 0, 0)
-
-    monkeypatch.setattr(converting, "write_latest", write_and_damage)
-    line = ["convert", "--model", pristine / "hf", "--out", tmp_path / "out"]
-    assert mflow(monkeypatch, *line) == 1
-    assert OUT_PROJECTION in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-    assert mflow(monkeypatch, *line, "--verify", "none", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["verified"] is None
-
-
-DAMAGING = """
-import numpy, sys
-if sys.argv[:1] == ["-m"]:
-    import megatron_ext.weights.convert as converting
-    def damaging(out, iteration, original=converting.write_latest):
-        original(out, iteration)
-        path = max(out.rglob("*.distcp"), key=lambda path: path.stat().st_size)
-        numpy.memmap(path, "u1", "r+")[-100_000:] ^= 1
-    converting.write_latest = damaging
-"""
-
-
-def test_a_stage_whose_result_differs_fails_and_publishes_nothing(pristine, tmp_path, monkeypatch):
-    """In the stage's own subprocess every byte of the last weights changes after they were written."""
-    from tasks.artifacts import Sources
-    from tasks.convert_checkpoint import convert_checkpoint
-    from tasks.pin_sources import pin_sources
-    from tasks.stage import produce
-    from tasks.store import Store
-
-    monkeypatch.setenv("MFLOW_ARTIFACTS", str(tmp_path / "store"))
-    model = ModelConfig(path=str(pristine / "hf"))
-    sources = Sources.of(produce(pin_sources.spec, pin_sources.build(model))[0])
-    build = convert_checkpoint.build(model, sources, runtime=RuntimeConfig())
-    (tmp_path / "damage").mkdir()
-    (tmp_path / "damage" / "sitecustomize.py").write_text(DAMAGING)
-    with monkeypatch.context() as damaged:
-        damaged.setenv("PYTHONPATH", str(tmp_path / "damage"))
-        with pytest.raises(VerificationError, match="Nothing was published"):
-            produce(convert_checkpoint.spec, build)
-    store = Store.current()
-    assert store.artifacts()
-    assert not [m for m in store.artifacts() if m.kind == "checkpoints"]
-    assert not [path for path in (tmp_path / "store" / "checkpoints").rglob("*") if path.is_file() and path.suffix]
-
-
-def test_the_level_belongs_to_the_artifact_and_not_to_what_is_made_of_it(pristine, tmp_path, monkeypatch):
-    from tasks.artifacts import Sources
-    from tasks.convert_checkpoint import convert_checkpoint
-    from tasks.pin_sources import pin_sources
-    from tasks.stage import produce
-
-    monkeypatch.setenv("MFLOW_ARTIFACTS", str(tmp_path / "store"))
-    configs = [ModelConfig(path=str(pristine / "hf"), verify=level) for level in ("none", "digest", "logits")]
-    sources = Sources.of(produce(pin_sources.spec, pin_sources.build(configs[0]))[0])
-    builds = [convert_checkpoint.build(config, sources, runtime=RuntimeConfig()) for config in configs]
-    assert len({build.fingerprint("s", 1) for build in builds}) == 3
-    assert len({build.content("s", 1) for build in builds}) == 1
-
-
-def test_a_machine_without_the_memory_for_logits_is_told_before_anything_is_written():
-    huge = read_manifest_architecture().model_copy(update={"hidden_size": 1 << 20, "ffn_hidden_size": 1 << 22})
-    with pytest.raises(ConfigError, match=r"needs .* GB of memory.*verify with digest"):
-        check_level("logits", huge, "cpu")
-    check_level("digest", huge, "cpu")
