@@ -32,10 +32,17 @@ class TrainingState:
     """Everything that a step changes."""
 
     chunks: list[Any]  # the bare GPTModels of this rank: one, or one for each virtual pipeline stage
+    models: list[Any]  # what megatron-core's DDP makes of them
     optimizer: Any
     scheduler: Any
     parameters: int  # of the whole model
     step: int = 0
+
+    def gather(self) -> None:
+        """Have every weight up to date, where gathering them is left to the coming forward pass."""
+        for model in self.models:
+            if model.ddp_config.overlap_param_gather:
+                model.start_param_sync(force_sync=True)
 
     def layout(self) -> dict[str, Any]:
         """How the state is spread over ranks. Random states fit only the layout that wrote them."""
@@ -75,7 +82,8 @@ def load_chunks(chunks: list[Any], checkpoint: Path) -> None:
 
 
 def full_state(state: TrainingState) -> dict[str, Any]:
-    """What a resumable checkpoint holds."""
+    """What a resumable checkpoint holds. Every rank calls it."""
+    state.gather()
     weights = _everything(state.chunks)
     optimizer_format = "dp_reshardable" if state.parameters >= LARGE else "fully_reshardable"
     return {
@@ -121,7 +129,8 @@ def resume(out: Path, state: TrainingState) -> bool:
 
 
 def final_weights(state: TrainingState, base: Path) -> dict[str, Any]:
-    """The weights alone, each in the type it had in the checkpoint ``base``."""
+    """The weights alone, each in the type it had in the checkpoint ``base``. Every rank calls it."""
+    state.gather()
     types = _types(latest_folder(base))
     weights = _everything(state.chunks)
 

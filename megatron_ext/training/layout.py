@@ -54,6 +54,7 @@ def check_layout(
             f"this model takes {', '.join(map(str, fitting))}"
         )
     data_parallel = world // (tp * pp * cp)
+    _check_overlap(runtime)
     _check_virtual_pipeline(architecture, train, runtime, data_parallel)
     _check_context_parallel(architecture, train, runtime)
     if runtime.sequence_parallel and tp == 1:
@@ -67,6 +68,15 @@ def check_layout(
             f"{runtime.micro_batch_size} x data-parallel size {data_parallel} (= {world} processes "
             f"/ ({tp} x {pp} x {cp})); change the micro batch size or the number of processes"
         )
+
+
+def _check_overlap(runtime: RuntimeConfig) -> None:
+    for name in ("overlap_grad_reduce", "use_distributed_optimizer"):
+        if runtime.overlap_param_gather and not getattr(runtime, name):
+            raise ParallelismError(
+                f"runtime.overlap_param_gather needs {name}, which is false; set it to true, or overlap_param_gather "
+                "to false"
+            )
 
 
 def _check_context_parallel(architecture: Architecture, train: TrainConfig, runtime: RuntimeConfig) -> None:

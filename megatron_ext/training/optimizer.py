@@ -25,6 +25,8 @@ def data_parallel(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=runtime.use_distributed_optimizer,
         overlap_grad_reduce=runtime.overlap_grad_reduce,
+        overlap_param_gather=runtime.overlap_param_gather,
+        bucket_size=runtime.ddp_bucket_size,
         check_for_nan_in_grad=False,  # the loop looks at the loss before and at the norm after, and says more
     )
     wrapped = model if train.precision == "fp32" else Float16Module(config, model)
@@ -55,6 +57,7 @@ def adamw(models: list[DistributedDataParallel], train: TrainConfig, runtime: Ru
         loss_scale_window=train.loss_scale_window,
         params_dtype=models[0].config.params_dtype,
         use_distributed_optimizer=runtime.use_distributed_optimizer,
+        overlap_param_gather=runtime.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, models, use_gloo_process_groups=False)
     if train.precision == "fp16":

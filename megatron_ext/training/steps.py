@@ -54,7 +54,8 @@ class Trainer(Passes):
             model.train()
         optimizer = adamw(self.models, train, setup.runtime)
         size = parameters(setup.manifest.architecture)
-        self.state = TrainingState(self.chunks, optimizer, scheduler(optimizer, train, setup.plan.iterations), size)
+        schedule = scheduler(optimizer, train, setup.plan.iterations)
+        self.state = TrainingState(self.chunks, self.models, optimizer, schedule, size)
         self.data = self.batches_of(setup.plan, setup.dataset.place)
 
     def compute(self) -> Computed:

@@ -29,21 +29,22 @@ PP2, CP2 = {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
 WHOLE, OVERLAP = {"use_distributed_optimizer": False}, {"overlap_grad_reduce": True}
+GATHER = OVERLAP | {"overlap_param_gather": True, "ddp_bucket_size": 10_000}
 WIDE = {"micro_batch_size": 2}
 LAYOUTS: dict[tuple[str, int], dict[str, dict[str, Any]]] = {
     ("dense", 1): {"one": {}, "wide": WIDE},
     ("dense", 2): {
         "tp": TP2, "tp-sp": TP2 | SP, "pp": PP2, "vpp": VPP2, "cp": CP2, "dp": {}, "dp-whole": WHOLE,
-        "dp-overlap": OVERLAP, "dp-overlap-whole": OVERLAP | WHOLE, "dp-wide": WIDE,
+        "dp-overlap": OVERLAP, "dp-overlap-whole": OVERLAP | WHOLE, "dp-gather": GATHER, "dp-wide": WIDE,
     },
     ("dense", 4): {
         "tp-sp-pp": TP2 | SP | PP2, "tp-dp": TP2, "pp-dp-overlap": PP2 | OVERLAP, "tp-vpp": TP2 | VPP2, "cp-dp": CP2,
-        "tp-sp-cp": TP2 | SP | CP2, "pp-cp": PP2 | CP2, "dp4": {},
+        "tp-sp-cp": TP2 | SP | CP2, "pp-cp": PP2 | CP2, "dp4": {}, "vpp-gather": VPP2 | GATHER,
     },
     ("experts", 1): {"one": {}, "wide": WIDE},
     ("experts", 2): {
         "ep": EP2, "tp-sp": TP2 | SP, "pp": PP2, "vpp": VPP2, "cp": CP2, "dp": {}, "ep-whole": EP2 | WHOLE,
-        "ep-overlap": EP2 | OVERLAP,
+        "ep-overlap": EP2 | OVERLAP, "ep-gather": EP2 | GATHER,
     },
     ("experts", 4): {
         "tp-sp-ep": TP2 | SP | EP2, "pp-ep": PP2 | EP2, "ep-dp": EP2, "tp-sp-pp": TP2 | SP | PP2, "cp-dp": CP2,

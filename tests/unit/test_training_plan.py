@@ -64,6 +64,7 @@ def checkpoint(folder: Path) -> Path:
         ({"sequence_parallel": True}, ["sequence_parallel", "tensor_model_parallel_size of 2"]),
         ({"micro_batch_size": 3}, ["global_batch_size 4", "micro_batch_size 3"]),
         ({"nproc_per_node": 8}, ["global_batch_size 4", "data-parallel size 8"]),
+        ({"overlap_param_gather": True}, ["needs overlap_grad_reduce, which is false"]),
     ],
 )
 def test_layouts_that_cannot_run_are_refused_with_value_and_remedy(runtime: dict, named: list[str]) -> None:
