@@ -225,6 +225,7 @@ def test_verify_compares_files_of_ranks_with_their_source_and_names_what_differs
 
 PEAK = """
 import json, sys, threading
+from pathlib import Path
 from megatron_ext.events import Events, Follower
 from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
