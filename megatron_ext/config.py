@@ -108,6 +108,11 @@ class DataConfig(TokenizeOptions):
         description="Files, globs, folders or URLs, each with an optional weight in front (0.7:FILE); or demo://NAME, "
         "demo://NAME/text, demo://NAME/preferences.",
     )
+    validation_files: tuple[str, ...] = Field(
+        default=(),
+        description="Like files, for the validation loss alone: each row is read once, so that weights do not matter. "
+        "Instead of train.validation_fraction; not for preferences.",
+    )
 
     def holding(self, format: DatasetFormat) -> DataConfig:
         """The same data where nothing else was said, read as ``format``.
@@ -308,6 +313,14 @@ class RuntimeConfig(Section):
     )
     overlap_grad_reduce: bool = Field(
         default=False, description="Sum gradients over data-parallel ranks in buckets while backward goes on."
+    )
+    overlap_param_gather: bool = Field(
+        default=False,
+        description="Gather what the distributed optimizer updated in buckets while the next forward goes on; needs "
+        "overlap_grad_reduce.",
+    )
+    ddp_bucket_size: int | None = Field(
+        default=None, ge=1, description="Parameters of such a bucket; empty takes 40 million, or more on many ranks."
     )
     workers: int | None = Field(
         default=None, ge=1, description="Threads or processes that tokenize; empty takes one for each core."
