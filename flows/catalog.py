@@ -21,6 +21,7 @@ STAGES = (
     "pin-sources",
     "convert-checkpoint",
     "tokenize-dataset",
+    "tokenize-validation",
     "reference-logps",
     "train-model",
     "export-checkpoint",

@@ -17,6 +17,14 @@ from tasks.identity import differences
 from tasks.stage import Planned, planning
 from tasks.store import Manifest, Store
 
+SOURCES = {
+    "model": "model.path",
+    "data": "data.files",
+    "validation": "data.validation_files",
+    "tasks": "evaluate.include_path",
+}
+"""Part of the pinned sources -> key of the recipe that names it."""
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -93,7 +101,7 @@ def _key(key: str) -> str:
 
 def _source(key: str) -> str:
     part = key.removeprefix("config.").split(".")[0].split("/")[0]
-    return {"model": "model.path", "data": "data.files", "tasks": "evaluate.include_path"}.get(part, part)
+    return SOURCES.get(part, part)
 
 
 def _values(old: Any, new: Any) -> str:

@@ -8,6 +8,7 @@ from flows import full_sft
 from flows.catalog import FORMATS
 from megatron_ext.config import DataConfig, EvalConfig, ModelConfig, Recipe, RuntimeConfig, TrainConfig
 from tasks.artifacts import Report
+from tasks.checks import check_validation
 from tasks.convert_checkpoint import convert_checkpoint
 from tasks.evaluate_model import evaluate_base, evaluate_tuned
 from tasks.export_checkpoint import export_checkpoint
@@ -28,9 +29,10 @@ def sentence(
     """Convert, tokenize pairs, ask the model as it is about them, train, export, evaluate; what was done is reused.
 
     Raises:
-        ConfigError: ``data.format`` is another one than preference.
+        ConfigError: ``data.format`` is another one than preference, or ``data.validation_files`` are given.
     """
     data, evaluate = data.holding(FORMATS["full-dpo"]), evaluate.asked_as(data.chat_template)
+    check_validation(data, train)
     sources = pin_sources(model, data, evaluate)
     base = convert_checkpoint.submit(model, sources, runtime=runtime)
     tokens = tokenize_dataset.submit(data, sources, runtime=runtime, extra_vocab_size=model.extra_vocab_size)

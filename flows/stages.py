@@ -15,6 +15,7 @@ from tasks import reference_logps as references
 from tasks import tokenize_dataset as tokenization
 from tasks import train_model as training
 from tasks.artifacts import EvalReport, HFModel, IdxmapDataset, McoreCheckpoint, References, Report, Sources, Training
+from tasks.checks import check_validation
 
 HERE = RuntimeConfig()
 
@@ -38,25 +39,30 @@ def _tokenize(model: ModelConfig, data: DataConfig, runtime: RuntimeConfig = HER
 
 def _reference(model: ModelConfig, data: DataConfig, train: TrainConfig, runtime: RuntimeConfig = HERE) -> References:
     """Log-probabilities that a model gives to both answers of each pair."""
-    base, tokens = _inputs(model, data.holding("preference"), runtime)
+    data = data.holding("preference")
+    check_validation(data, train)
+    base, tokens, _ = _inputs(model, data, runtime)
     return references.reference_logps(train, base, tokens, runtime=runtime)
 
 
 def _train(model: ModelConfig, data: DataConfig, train: TrainConfig, runtime: RuntimeConfig = HERE) -> Training:
     """Train a model on text or conversations, or, where ``data.format`` is preference, on pairs of answers."""
-    base, tokens = _inputs(model, data, runtime)
+    check_validation(data, train)
+    base, tokens, validation = _inputs(model, data, runtime)
     reference = None
     if data.format == "preference":
         reference = references.reference_logps(train, base, tokens, runtime=runtime)
-    return training.train_model(train, base, tokens, reference, runtime=runtime)
+    return training.train_model(train, base, tokens, reference, validation, runtime=runtime)
 
 
-def _inputs(model: ModelConfig, data: DataConfig, runtime: RuntimeConfig) -> tuple[Any, Any]:
-    """Checkpoint and dataset, both on their way."""
+def _inputs(model: ModelConfig, data: DataConfig, runtime: RuntimeConfig) -> tuple[Any, Any, Any]:
+    """Checkpoint, dataset and, where it has files of its own, validation set: all on their way."""
     sources = pin.pin_sources(model, data)
-    return convert.convert_checkpoint.submit(model, sources, runtime=runtime), tokenization.tokenize_dataset.submit(
-        data, sources, runtime=runtime, extra_vocab_size=model.extra_vocab_size
-    )
+    base = convert.convert_checkpoint.submit(model, sources, runtime=runtime)
+    given = {"runtime": runtime, "extra_vocab_size": model.extra_vocab_size}
+    tokens = tokenization.tokenize_dataset.submit(data, sources, **given)
+    own = data.validation_files
+    return base, tokens, tokenization.tokenize_validation.submit(data, sources, **given) if own else None
 
 
 def _export(model: ModelConfig, data: DataConfig, train: TrainConfig, runtime: RuntimeConfig = HERE) -> HFModel:

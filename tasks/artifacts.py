@@ -66,6 +66,8 @@ class Sources(Artifact):
     data_digests: tuple[str, ...] = ()
     data_blend: tuple[tuple[float, str], ...] = ()
     """Of each data file its weight, and which entry of the recipe named it."""
+    validation_digests: tuple[str, ...] = ()
+    validation_blend: tuple[tuple[float, str], ...] = ()
     tasks_digest: str | None = None
 
     @property
@@ -82,12 +84,14 @@ class Sources(Artifact):
     @property
     def data(self) -> Input:
         """The data files, in the recipe's order."""
+        return self._rows(self.data_digests, "data", "data.files")
 
-        def files() -> list[str]:
-            folders = sorted((self.folder / "data").iterdir(), key=lambda p: int(p.name))
-            return [_place_or_url(file) for folder in folders for file in folder.iterdir()]
-
-        return self._part(list(self.data_digests), "data", files, "data.files")
+    @property
+    def validation(self) -> Input | None:
+        """The files of the validation set, if the recipe names any."""
+        if not self.validation_digests:
+            return None
+        return self._rows(self.validation_digests, "validation", "data.validation_files")
 
     @property
     def tasks(self) -> Input | None:
@@ -95,6 +99,13 @@ class Sources(Artifact):
         if self.tasks_digest is None:
             return None
         return self._part(self.tasks_digest, "tasks", lambda: str(self.folder / "tasks"), "evaluate.include_path")
+
+    def _rows(self, digests: tuple[str, ...], part: str, name: str) -> Input:
+        def files() -> list[str]:
+            folders = sorted((self.folder / part).iterdir(), key=lambda p: int(p.name))
+            return [_place_or_url(file) for folder in folders for file in folder.iterdir()]
+
+        return self._part(list(digests), part, files, name)
 
     def _part(self, identity: Any, part: str, locate: Callable[[], Any], name: str) -> Input:
         return Input(identity, locate, name, lambda: Store.current().link_faults(self.kind, self.fingerprint, part))

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_ext.config import DataConfig, EvalConfig, ModelConfig, RuntimeConfig, TrainConfig
 from megatron_ext.data.chat_templates import chat_template_identity
 from megatron_ext.demo.model import SIZES, VOCAB_SIZE
-from megatron_ext.errors import VocabularyError
+from megatron_ext.errors import ConfigError, VocabularyError
 from megatron_ext.evaluation.task_names import LocalTasks, read_local_tasks, require_known
 from megatron_ext.families import find_family
 from megatron_ext.families.base import Architecture
@@ -18,7 +18,15 @@ from megatron_ext.hf_folder import read_config
 from megatron_ext.training.layout import check_layout
 from megatron_ext.training.plan import check_schedule, iterations_without_data
 from megatron_ext.weights.changes import asked_changes, changed_config
-from tasks.sources import DemoName, Files, data_source, model_source, source_digests, tasks_source
+from tasks.sources import (
+    DemoName,
+    Files,
+    data_source,
+    model_source,
+    source_digests,
+    tasks_source,
+    validation_source,
+)
 
 DEMO = {"model_type": "qwen2", **SIZES, "vocab_size": VOCAB_SIZE}
 """config.json of the demo before it is made; its vocabulary may turn out a little smaller."""
@@ -45,18 +53,40 @@ def check_recipe(
     if folder and model.extra_vocab_size:
         _check_vocabulary(model, folder, evaluate)
     if data:
-        data_source(data, digests)
+        validation_source(data, digests, data_source(data, digests))
         if data.format != "text" and (data.chat_template or folder):
             chat_template_identity(data.chat_template, folder or Path())
     if evaluate:
         _check_tasks(evaluate, tasks_source(evaluate, digests))
         if evaluate.chat_template:
             chat_template_identity(evaluate.chat_template, folder or Path())
+    if data and train:
+        check_validation(data, train)
     if train:
         check_layout(architecture, train, runtime or RuntimeConfig())
         if (iterations := iterations_without_data(train)) is not None:
             check_schedule(train, iterations)
     return architecture
+
+
+def check_validation(data: DataConfig, train: TrainConfig) -> None:
+    """Refuse a validation set beside another one, or one of pairs.
+
+    Raises:
+        ConfigError: names both keys, or the one to take.
+    """
+    if not data.validation_files:
+        return
+    if train.validation_fraction:
+        raise ConfigError(
+            f"data.validation_files and train.validation_fraction {train.validation_fraction} exclude each other; "
+            "give one of them"
+        )
+    if data.format == "preference":
+        raise ConfigError(
+            "data.validation_files: of pairs in files of their own the reference knows nothing; "
+            "hold out some of data.files with train.validation_fraction"
+        )
 
 
 def architecture_of(config: Mapping[str, Any], model: ModelConfig) -> Architecture:

@@ -10,7 +10,6 @@ from megatron_ext.families.base import Architecture
 from megatron_ext.training.layout import disk_needed as training_disk
 from megatron_ext.training.layout import parameters
 from megatron_ext.training.plan import iterations_without_data, planned_iterations
-from tasks.artifacts import IdxmapDataset
 from tasks.stage import Planned
 from tasks.store import Store
 
@@ -52,7 +51,7 @@ def steps_to_run(plan: Sequence[Planned]) -> StepsToRun | None:
         return None
     train = training.build.identity["train"]
     assert isinstance(train, TrainConfig)
-    dataset = next((p for p in plan if isinstance(p.pointer, IdxmapDataset) and p.manifest), None)
+    dataset = next((p for p in plan if p.stage == "tokenize-dataset" and p.manifest), None)
     last = iterations_without_data(train) or (planned_iterations(train, dataset.pointer.folder) if dataset else None)
     return StepsToRun(resume_step(training) or 0, last)
 

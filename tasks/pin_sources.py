@@ -17,11 +17,14 @@ from tasks.sources import (
     source_digests,
     tasks_source,
     tokenizer_digest,
+    validation_source,
 )
 from tasks.stage import Spec, produce, stage
 from tasks.store import Link, Manifest, Store
 
 MAKE_DEMO = Spec("make-demo", 1, Demo)
+TRAINING, VALIDATION = "data/", "validation/"
+"""Before the number of each data file among the parts."""
 
 
 @stage("pin-sources", version=1, makes=Sources)
@@ -34,8 +37,10 @@ def pin_sources(model: ModelConfig, data: DataConfig | None = None, evaluate: Ev
     """
     digests = source_digests()
     parts: dict[str, DemoName | Files] = {"model": model_source(model, digests)}
-    for number, source in enumerate(data_source(data, digests) if data else []):
-        parts[f"data/{number}"] = source
+    training = data_source(data, digests) if data else []
+    parts |= {f"{TRAINING}{number}": source for number, source in enumerate(training)}
+    validation = validation_source(data, digests, training) if data else []
+    parts |= {f"{VALIDATION}{number}": source for number, source in enumerate(validation)}
     if evaluate and (found := tasks_source(evaluate, digests)):
         parts["tasks"] = found
     identity = {name: _identity(part) for name, part in parts.items()}
@@ -86,12 +91,19 @@ def _digests(parts: dict[str, DemoName | Files]) -> dict[str, object]:
         made = _demo_files(part, name)
         return dict(made.digests) if made else {"tokenizer.json": f"{part.url} {name}"}
 
-    data = [digested(name) for name in parts if name.startswith("data/")]
+    def rows(folder: str) -> tuple[str, ...]:
+        return tuple(digest for name in parts if name.startswith(folder) for digest in digested(name).values())
+
+    def blend(folder: str) -> tuple[tuple[float, str], ...]:
+        return tuple(_blended(part) for name, part in parts.items() if name.startswith(folder))
+
     return {
         "model_digest": content_digest(digested("model")),
         "tokenizer_digest": tokenizer_digest(digested("model")),
-        "data_digests": tuple(digest for files in data for digest in files.values()),
-        "data_blend": tuple(_blended(parts[name]) for name in parts if name.startswith("data/")),
+        "data_digests": rows(TRAINING),
+        "data_blend": blend(TRAINING),
+        "validation_digests": rows(VALIDATION),
+        "validation_blend": blend(VALIDATION),
         "tasks_digest": content_digest(digested("tasks")) if "tasks" in parts else None,
     }
 
@@ -107,8 +119,8 @@ def _demo_files(demo: DemoName, part: str, *, make: bool = False) -> Files | Non
     build = Build(identity=demo.identity, inputs={}, job="demo", config={"name": demo.name, "seed": demo.seed})
     fingerprint = build.fingerprint(MAKE_DEMO.identity, MAKE_DEMO.version)
     manifest = produce(MAKE_DEMO, build)[0] if make else store.look_up(Demo.kind, fingerprint)
-    folder = part.split("/")[0]
-    return _part_of(manifest, demo.data if folder == "data" else folder) if manifest else None
+    folder = demo.data if part.startswith((TRAINING, VALIDATION)) else part
+    return _part_of(manifest, folder) if manifest else None
 
 
 def _part_of(manifest: Manifest, part: str) -> Files:

@@ -125,17 +125,48 @@ def data_source(data: DataConfig, digests: SourceDigests) -> list[DemoName | Fil
         SourceError: a file is missing or of no supported kind, nothing matches, or a server does not say what
             identifies its file.
     """
+    return _data_files("data.files", data.files, digests)
+
+
+def validation_source(
+    data: DataConfig, digests: SourceDigests, training: Iterable[DemoName | Files]
+) -> list[DemoName | Files]:
+    """The same for ``data.validation_files``, beside what ``data_source`` found to train on.
+
+    Raises:
+        SourceError: as ``data_source``; or the same bytes are trained on.
+    """
+    found = _data_files("data.validation_files", data.validation_files, digests)
+    trained = {content: _called(part) for part in training for content in _contents(part)}
+    for part in found:
+        if twin := next((trained[content] for content in _contents(part) if content in trained), None):
+            same = "is" if twin == _called(part) else f"holds the same bytes as {twin}, which is"
+            raise SourceError(
+                f"data.validation_files: {_called(part)} {same} in data.files, too; take it out of one of them"
+            )
+    return found
+
+
+def _called(part: DemoName | Files) -> str:
+    return part.origin if isinstance(part, Files) else part.url
+
+
+def _contents(part: DemoName | Files) -> list[str]:
+    return list(part.digests.values()) if isinstance(part, Files) else [part.url]
+
+
+def _data_files(key: str, given: Iterable[str], digests: SourceDigests) -> list[DemoName | Files]:
     found: list[DemoName | Files] = []
-    for number, text in enumerate(data.files):
+    for number, text in enumerate(given):
         if demo := demo_name(text, megatron_ext.demo.DATA):
             found.append(demo)
             continue
         try:
             sources = expand([os.path.expanduser(text)])
         except SourceError as error:
-            raise SourceError(f"data.files: {error}") from None
+            raise SourceError(f"{key}: {error}") from None
         found += [_data_file(source, number, digests) for source in sources]
-    _require_distinct(found)
+    _require_distinct(key, found)
     return found
 
 
@@ -148,10 +179,10 @@ def _data_file(source: Source, number: int, digests: SourceDigests) -> Files:
     return replace(_files({path.name: path}, str(path.absolute()), digests), weight=source.weight, given=given)
 
 
-def _require_distinct(found: list[DemoName | Files]) -> None:
+def _require_distinct(key: str, found: list[DemoName | Files]) -> None:
     origins = [part.origin for part in found if isinstance(part, Files)]
     if twice := next((origin for origin in origins if origins.count(origin) > 1), None):
-        raise SourceError(f"data.files: {twice} is named twice; name it once, with a weight if it should count more")
+        raise SourceError(f"{key}: {twice} is named twice; name it once, with a weight if it should count more")
 
 
 def tasks_source(evaluate: EvalConfig, digests: SourceDigests) -> DemoName | Files | None:

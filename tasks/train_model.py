@@ -14,12 +14,14 @@ def train_model(
     base: McoreCheckpoint,
     tokens: IdxmapDataset,
     reference: References | None = None,
+    validation: IdxmapDataset | None = None,
     *,
     runtime: RuntimeConfig,
 ) -> Build:
     """Train ``base`` on ``tokens``; an attempt that was stopped or killed goes on from its last checkpoint.
 
     What ``tokens`` hold says what is learned: text, answers in conversations, or, beside a ``reference``, preferences.
+    ``validation`` is read for a loss at intervals; otherwise ``train.validation_fraction`` may hold ``tokens`` out.
 
     Raises:
         TrainingDivergedError: the loss became NaN or infinite.
@@ -33,6 +35,7 @@ def train_model(
             "checkpoint": base.whole,
             "dataset": tokens.whole,
             "reference": reference.whole if reference else None,
+            "validation": validation.whole if validation else None,
         },
         runtime=runtime,
     )

@@ -19,6 +19,7 @@ def write_report(
     trained: Training,
     exported: HFModel,
     scores: dict[str, EvalReport],
+    validation: IdxmapDataset | None = None,
     *,
     runtime: RuntimeConfig,
 ) -> Build:
@@ -35,6 +36,7 @@ def write_report(
         inputs={
             "training": trained.whole,
             "dataset": tokens.whole,
+            "validation": validation.whole if validation else None,
             "checkpoint": base.whole,
             "export": exported.whole,
             "tokenizer": sources.tokenizer,
@@ -50,6 +52,6 @@ def write_report(
 
 def _without_places(recipe: Recipe) -> dict[str, Any]:
     """The recipe without what is not hashed: where things lie and how they ran."""
-    values = recipe.model_dump(exclude={"runtime": True, "model": {"path"}, "data": {"files"}})
+    values = recipe.model_dump(exclude={"runtime": True, "model": {"path"}, "data": {"files", "validation_files"}})
     values["evaluate"].pop("include_path")
     return values

@@ -40,8 +40,9 @@ def render(inputs: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The page as text.
 
     Args:
-        inputs: role -> folder: ``training``, ``dataset``, ``checkpoint``, ``export``, ``tokenizer``, and
-            ``evaluations`` (``tuned`` and, if there is a baseline, ``base``).
+        inputs: role -> folder: ``training``, ``dataset``, ``checkpoint``, ``export``, ``tokenizer``,
+            ``validation`` (if it has files of its own), and ``evaluations`` (``tuned`` and, if there is a baseline,
+            ``base``).
         config: ``recipe`` (the flow's parameters), ``stages`` (name, state, seconds, artifact), ``versions``.
 
     Raises:
@@ -245,9 +246,9 @@ def _what_ran(
     blocks = [page.facts(f"recipe: {name}", values) for name, values in config.get("recipe", {}).items() if values]
     dataset = _read_json(Path(inputs["dataset"]) / "manifest.json")
     template = dataset.get("chat_template")
-    files = {file["name"]: f"{file['rows']:,} rows, {file['digest']}" for file in dataset["files"]}
     given = {
-        **files,
+        **_files(dataset),
+        **(_validation_set(Path(inputs["validation"])) if "validation" in inputs else {}),
         "tokenizer": manifest["tokenizer_digest"],
         "chat template": f"{template['name']}, {template['digest']}" if template else "none: it is text",
         "weights": f"{manifest['dtype']}, {manifest['padded_vocab_size']:,} rows of the embedding on disk",
@@ -261,6 +262,17 @@ def _what_ran(
         page.facts("versions", dict(sorted(versions.items()))),
     ]
     return f'<div class="columns">{"".join(blocks)}</div>'
+
+
+def _files(dataset: Mapping[str, Any]) -> dict[str, str]:
+    return {file["name"]: f"{file['rows']:,} rows, {file['digest']}" for file in dataset["files"]}
+
+
+def _validation_set(place: Path) -> dict[str, str]:
+    """Its size and its files, where it has files of its own."""
+    dataset = _read_json(place / "manifest.json")
+    size = {"validation set": f"{dataset['documents']:,} documents, {dataset['tokens']:,} tokens"}
+    return size | {f"validation: {name}": told for name, told in _files(dataset).items()}
 
 
 def seconds(value: float) -> str:

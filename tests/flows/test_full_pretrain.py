@@ -1,4 +1,4 @@
-"""Continued pretraining on a real server: text, every token trained, validation, export, scores, report."""
+"""Continued pretraining on a real server: text, every token trained, validation files, export, scores, report."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from typing import Any
 
 import pytest
 from prefect_site import Site, states
+from tiny import write_jsonl
+
+from megatron_ext.demo import routing
 
 DATA = {"files": ["demo://routing/text"], "append_eod": True}
-TRAIN = {"train_iters": 4, "validation_fraction": 0.01}
+TRAIN = {"train_iters": 4}
+HELD_OUT = 30
 EVALUATE = {"limit": 2, "apply_chat_template": False}
 
 
 @pytest.fixture(scope="module")
 def recipe(server: Site) -> Path:
-    return server.recipe(data=DATA, train=TRAIN, evaluate=EVALUATE, runtime={"eval_interval": 2})
+    path = server.folder / "held_out.jsonl"
+    write_jsonl(path, [routing.document(row) for row in routing.rows(1)[1][:HELD_OUT]])
+    data = DATA | {"validation_files": [str(path)]}
+    return server.recipe(data=data, train=TRAIN, evaluate=EVALUATE, runtime={"eval_interval": 2})
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +39,11 @@ def test_text_is_trained_validated_exported_and_scored(read: dict[str, Any]) -> 
     assert "reference-logps" not in made
     dataset = json.loads((made["tokenize-dataset"] / "manifest.json").read_text())
     assert (dataset["kind"], dataset["chat_template"]) == ("text", None)
+    validation = json.loads((made["tokenize-validation"] / "manifest.json").read_text())
+    assert validation["documents"] == HELD_OUT
+    assert [file["name"] for file in validation["files"]] == ["held_out.jsonl"]
+    trained = json.loads((made["train-model"] / "artifact.json").read_text())
+    assert trained["inputs"]["validation"] == f"datasets/{made['tokenize-validation'].name}"
     records = [json.loads(line) for line in (made["train-model"] / "validation.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [2, 4]
     assert records[1]["loss"] < records[0]["loss"]
@@ -46,6 +58,8 @@ def test_the_report_is_about_text_and_shows_validation_beside_training(read: dic
         "none: it is text",
         "validation set dashed",
         "validation loss, step 4",
+        f"{HELD_OUT} documents",
+        "validation: held_out.jsonl",
     ):
         assert words in page, words
 

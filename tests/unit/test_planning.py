@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from flows import upcycle_sft
+from flows import full_dpo, upcycle_sft
 from flows.catalog import sections_of
-from flows.explaining import explain_recipe, planned_stages
+from flows.explaining import explain, explain_recipe, planned_stages
 from flows.full_sft import sentence
 from flows.recipes import load_recipe
 from megatron_ext.errors import ConfigError, SourceError, UnsupportedModelError, UserError
 from tasks.checks import check_recipe
+from tasks.estimates import steps_to_run
+from tasks.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO, DEMO_UPCYCLE = (ROOT / "deployments" / "recipes" / f"demo_{name}.yaml" for name in ("sft", "upcycle"))
@@ -120,6 +122,97 @@ def test_a_url_is_known_by_what_its_server_says(place: Path) -> None:
     after = fingerprints(**{"data.files": ["memory://rows/train.jsonl"]})
     assert changed(before, after) == DOWNSTREAM | {"pin-sources", "tokenize-dataset"}
     memory.rm("/rows", recursive=True)
+
+
+OWN = {"data.validation_files": ["b.jsonl"]}
+
+
+def test_validation_files_are_tokenized_beside_the_data_and_train_again(place: Path) -> None:
+    before, after = fingerprints(), fingerprints(**OWN)
+    assert changed(before, after) == DOWNSTREAM | {"pin-sources"}
+    assert list(after)[2:4] == ["tokenize-dataset", "tokenize-validation"]
+    (place / "b.jsonl").write_text("{}    \n")
+    assert changed(after, fingerprints(**OWN)) == DOWNSTREAM | {"pin-sources", "tokenize-validation"}
+    moved = {"data.validation_files": ["moved/b.jsonl"]}
+    (place / "moved").mkdir()
+    shutil.copy("b.jsonl", "moved")
+    assert fingerprints(**moved) == fingerprints(**OWN)
+
+
+def test_a_file_is_one_dataset_whether_it_is_trained_on_or_validated_on(place: Path) -> None:
+    trained = fingerprints(**{"data.files": ["b.jsonl"]})
+    assert fingerprints(**OWN)["tokenize-validation"] == trained["tokenize-dataset"]
+    assert fingerprints(**OWN)["train-model"] != trained["train-model"]
+
+
+def publish(stage: str, **changes: Any) -> None:
+    """An empty artifact of a planned stage in the store."""
+    planned = next(p for p in planned_stages(sentence, recipe(**changes)) if p.stage == stage)
+    store, kind, spec = Store.current(), planned.spec.makes.kind, planned.spec
+    with store.locked(kind, planned.fingerprint):
+        partial = store.open_partial(kind, planned.fingerprint)
+        (partial / "nothing").write_text("")
+        store.publish(
+            partial, {}, stage=spec.identity, version=spec.version, kind=kind, fingerprint=planned.fingerprint,
+            identity=planned.build.document(spec.identity, spec.version), inputs=planned.build.named(),
+            pointer=planned.build.pointer(spec.identity, spec.version), runtime={}, seconds=1.0, summary={},
+        )  # fmt: skip
+
+
+def test_explain_names_the_key_of_the_validation_files(place: Path) -> None:
+    publish("tokenize-dataset")
+    plan = planned_stages(sentence, recipe(**OWN))
+    told = {e.stage: e.reason for e in explain(plan)}
+    assert told["tokenize-validation"] == "data.validation_files changed"
+    assert told["tokenize-dataset"] == ""
+    for stage in ("pin-sources", "convert-checkpoint", "train-model"):
+        publish(stage)
+    told = {e.stage: e.reason for e in explain(planned_stages(sentence, recipe(**OWN)))}
+    assert told["train-model"] == "tokenize-validation will build"
+    assert told["pin-sources"] == "data.validation_files changed"
+
+
+def test_the_steps_are_not_counted_on_the_validation_set(place: Path) -> None:
+    epochs = {**OWN, "train.train_epochs": 2}
+    publish("tokenize-validation", **epochs)
+    steps = steps_to_run(planned_stages(sentence, recipe(**epochs)))
+    assert steps is not None
+    assert steps.last is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"data.validation_files": ["a.jsonl"]}, r"data\.validation_files: \S*/a\.jsonl is in data\.files, too"),
+        ({"data.validation_files": ["copies"]}, r"copies/c\.jsonl holds the same bytes as \S*/a\.jsonl"),
+        ({"data.validation_files": ["nothing.jsonl"]}, r"data\.validation_files: .*nothing\.jsonl"),
+        ({"data.validation_files": ["b.jsonl", "b.jsonl"]}, r"data\.validation_files: .*b\.jsonl is named twice"),
+        (
+            {"data.files": ["demo://routing"], "data.validation_files": ["demo://routing?seed=1"]},
+            r"demo://routing\?seed=1 is in data\.files, too",
+        ),
+        ({**OWN, "train.validation_fraction": 0.1}, r"validation_files and train\.validation_fraction 0\.1 exclude"),
+        ({**OWN, "data.format": "preference"}, r"hold out some of data\.files with train\.validation_fraction"),
+    ],
+)
+def test_a_validation_set_that_is_none_is_refused_before_anything_runs(place: Path, settings: dict, words: str) -> None:
+    (place / "copies").mkdir()
+    shutil.copy("a.jsonl", "copies/c.jsonl")
+    with pytest.raises(UserError, match=words):
+        check_recipe(**recipe(**settings))
+    assert not list((place / "store").glob("*/*"))
+
+
+def test_a_flow_refuses_them_by_itself_too(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.validation_fraction"):
+        planned_stages(full_dpo.sentence, recipe(**OWN))
+    with pytest.raises(ConfigError, match="exclude each other"):
+        planned_stages(sentence, recipe(**OWN, **{"train.validation_fraction": 0.1}))
+
+
+def test_a_demo_is_a_validation_set_of_another_seed(place: Path) -> None:
+    before, after = (fingerprints(**{"data.validation_files": [f"demo://routing?seed={n}"]}) for n in (2, 3))
+    assert changed(before, after) == DOWNSTREAM | {"pin-sources", "tokenize-validation"}
 
 
 @pytest.mark.parametrize(
@@ -292,6 +385,9 @@ def test_the_deployment_carries_the_demo_recipe(name: str, path: Path) -> None:
     deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
     demo = next(d for d in deployments if d["name"] == name)
     assert demo["parameters"] == yaml.safe_load(path.read_text())
-    elsewhere = ["gpu", "ascend"] if name == "full-sft" else []
-    assert [d["name"] for d in deployments if d["entrypoint"] == demo["entrypoint"]] == [name, *elsewhere]
-    assert len({d["name"] for d in deployments}) == len(deployments)
+    gpu, ascend = (d for d in deployments if d["entrypoint"] == demo["entrypoint"] and d is not demo)
+    for other, platform in ((gpu, "cuda"), (ascend, "npu")):
+        assert other["name"] == other["work_pool"]["name"]
+        assert other["parameters"] == {"runtime": {"platform": platform}}
+    assert (gpu["name"], ascend["name"]) == ("gpu", "ascend")
+    assert len({(d["entrypoint"], d["name"]) for d in deployments}) == len(deployments)

@@ -134,6 +134,12 @@ def test_the_trained_tokens_of_a_sample_are_marked_and_only_they(inputs):
     assert set(marked) == {"marked", "Yes &amp; yes&lt;|im_end|&gt;"}
 
 
+def test_a_validation_set_of_its_own_files_is_named(inputs, folders):
+    assert "validation set" not in Page(render(inputs, CONFIG)).text
+    shown = Page(render({**inputs, "validation": str(folders / "dataset")}, CONFIG)).text
+    assert re.search(r"validation set 6 documents, \d+ tokens validation: chat\.jsonl 6 rows", shown)
+
+
 def test_what_was_verified_is_said_and_what_was_not_too(inputs, folders):
     shown = Page(render(inputs, CONFIG)).text
     certificate = json.loads((folders / "checkpoint" / "certificate.json").read_text())
