@@ -100,7 +100,7 @@ def require_vocabulary(
     token, largest = max(vocabulary.items(), key=lambda item: item[1])
     if (folder / "config.json").is_file():
         config = read_config(folder)
-        rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+        rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
         if isinstance(rows, int) and largest >= rows + extra_vocab_size:
             extra = f" + {extra_vocab_size} (extra_vocab_size)" if extra_vocab_size else ""
             raise VocabularyError(

@@ -43,11 +43,15 @@ WITHOUT_EFFECT = {
 """Keys that change nothing that is converted: token ids, loading, initialization, generation, training-time dropout."""
 MOST = {"num_hidden_layers": 4096, "num_experts": 4096}
 """Beyond this a config.json is damaged, and a list of all its weights would fill the memory."""
+NULL_MEANS_SOMETHING = {"sliding_window", "num_key_value_heads"}
+"""Keys whose null is not the family's default, as in transformers: no window; as many as num_attention_heads."""
 REQUANTIZE = "export the weights unquantized first"
 
 
 def read_architecture(family: ModelFamily, config: Mapping[str, Any]) -> Architecture:
     """The Architecture that megatron-core must build for the model of ``config``.
+
+    A key that is null counts as left out, except those of NULL_MEANS_SOMETHING.
 
     Raises:
         UnsupportedModelError: the config asks for arithmetic that this family does not convert; names key and value.
@@ -55,7 +59,8 @@ def read_architecture(family: ModelFamily, config: Mapping[str, Any]) -> Archite
     """
     config = _spelled_as_here(config)
     _refuse_what_differs(family, config)
-    values = {**family.config_defaults, **config}
+    given = {key: value for key, value in config.items() if value is not None or key in NULL_MEANS_SOMETHING}
+    values = {**family.config_defaults, **given}
     heads = _size(values, "num_attention_heads")
     groups = _size(values, "num_key_value_heads", default=heads)
     hidden = _size(values, "hidden_size")
@@ -97,6 +102,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     for key, given in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(given, Mapping):
             raise SourceError(f"config.json: {key} must be an object, not {given!r}")
+    old, new = ({key: value for key, value in given.items() if value is not None} for given in (old, new))
     if old and new and any(new.get(key, value) != value for key, value in old.items()):
         raise SourceError("config.json: rope_scaling and rope_parameters contradict each other; remove one of them")
     rope = {**old, **new}
@@ -108,12 +114,12 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     if kind not in ("default", *ROPE_SCALINGS):
         raise UnsupportedModelError(unknown("rope_type", kind, ["default", *ROPE_SCALINGS], "in config.json"))
     needed, optional = ROPE_SCALINGS.get(kind, ((), ()))
-    if unread := sorted(key for key in set(rope) - ROPE_KEYS - {*needed, *optional} if rope[key] is not None):
+    if unread := sorted(set(rope) - ROPE_KEYS - {*needed, *optional}):
         raise UnsupportedModelError(f"config.json: rope parameter {unread[0]!r} of rope_type {kind!r} is not supported")
     if kind == "default":
         return base, None
     given = {name: _number(rope, name) for name in needed}
-    given |= {name: _optional(rope, name) for name in optional if rope.get(name) is not None}
+    given |= {name: _optional(rope, name) for name in optional if name in rope}
     return base, {"rope_type": kind, **given}
 
 

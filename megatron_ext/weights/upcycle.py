@@ -73,7 +73,7 @@ def upcycled_config(config: Mapping[str, Any], dense: Architecture, upcycle: Upc
         "output_router_logits": False,
         "router_aux_loss_coef": AUX_LOSS,
     }
-    if "rope_theta" not in (config.get("rope_parameters") or {}):
+    if (config.get("rope_parameters") or {}).get("rope_theta") is None:
         result["rope_theta"] = dense.rotary_base
     result |= _mixtral(dense, upcycle) if target == "mixtral" else _qwen2_moe(dense, upcycle)
     _require_same(read_architecture(family, result), dense, name, family.hf_architecture)

@@ -13,7 +13,7 @@ from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.errors import SourceError, UnsupportedModelError
 from megatron_ext.families import available, find_family
 from megatron_ext.families.base import Architecture
-from megatron_ext.families.hf_config import read_architecture
+from megatron_ext.families.hf_config import NULL_MEANS_SOMETHING, READ, REQUIRED, read_architecture
 from megatron_ext.training.layout import parameters
 
 ALL = available()
@@ -177,6 +177,53 @@ def test_a_window_of_null_is_none_and_one_left_out_is_that_of_transformers():
     assert architecture_of("mistral", sliding_window=None).window_size is None
     assert architecture_of("mixtral").window_size is None
     assert architecture_of("mixtral", sliding_window=8).window_size == 8
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_null_is_a_key_left_out(name):
+    family = find_family(name)
+    keys = READ | {*REQUIRED, *family.config_defaults, *family.config_required, *family.config_ignored}
+    keys |= {"num_local_experts"} if "num_experts" in family.config_defaults else set()
+    keys -= NULL_MEANS_SOMETHING
+    small = {"hidden_size": 512, "num_hidden_layers": 40, "num_attention_heads": 32, "intermediate_size": 64,
+             "vocab_size": 16}  # fmt: skip
+    assert keys > {"head_dim", "rope_scaling", "rope_parameters", "rope_theta", "quantization_config", *small}
+    for windowed in ({}, WINDOWED if "use_sliding_window" not in family.config_required else {}):
+        config = {key: value for key, value in windowed.items() if key in family.config_defaults} | small
+        for key in sorted(keys):
+            left_out = {k: v for k, v in config.items() if k != key}
+            if key in small:
+                for given in (left_out, config | {key: None}):
+                    with pytest.raises(
+                        SourceError, match=rf"config\.json: {key} must be a positive integer, not missing"
+                    ):
+                        read_architecture(family, given)
+            else:
+                assert read_architecture(family, config | {key: None}) == read_architecture(family, left_out), key
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "key", ["num_key_value_heads", "head_dim", "sliding_window", "layer_types", "rope_scaling", "mlp_only_layers"]
+)
+def test_a_null_that_transformers_takes_means_what_it_takes_it_for(name, key):
+    sizes = {"hidden_size": 512, "num_hidden_layers": 40, "num_attention_heads": 32, "intermediate_size": 8,
+             "vocab_size": 16}  # fmt: skip
+    family = find_family(name)
+    if key == "num_key_value_heads" and name in ("mistral", "mixtral", "qwen3_moe"):
+        # transformers 5 takes a null here no more; transformers 4 took it for num_attention_heads
+        assert read_architecture(family, sizes | {key: None}).num_query_groups == 32
+    elif not (name == "qwen3" and key == "head_dim"):  # transformers takes no null there
+        full = transformers_config(name, **sizes, **{key: None}).to_dict()
+        assert read_architecture(family, sizes | {key: None}) == read_architecture(family, full)
+
+
+def test_nulls_in_a_rope_are_left_out_too():
+    rope = {"rope_type": "linear", "type": None, "factor": 4.0, "rope_theta": None, "partial_rotary_factor": None}
+    assert architecture_of("llama", rope_parameters=rope).rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    both = architecture_of("llama", rope_scaling=rope, rope_parameters=rope | {"factor": None}, rope_theta=5e5)
+    assert (both.rope_scaling, both.rotary_base) == ({"rope_type": "linear", "factor": 4.0}, 5e5)
+    assert architecture_of("llama", rope_parameters={"rope_type": None}).rope_scaling is None
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
