@@ -126,7 +126,8 @@ def published(out: Path, *, overwrite: bool = False, marker: str, inputs: Iterab
     """Build ``--out``: yields the partial folder, then fsyncs and renames it to ``out``.
 
     ``marker`` names the command (``"convert"``); its partial is ``.NAME.MARKER.partial`` beside ``out`` and is
-    yielded as a killed attempt left it. Faulty input leaves nothing behind; a crash leaves the partial.
+    yielded as a killed attempt left it. Faulty input leaves nothing behind; a crash leaves the partial. What
+    ``overwrite`` was replacing when it was killed is put back, or cleared, by the next command on ``out``.
     ``inputs`` are what the command reads: ``overwrite`` must not remove them.
 
     Raises:
@@ -134,14 +135,16 @@ def published(out: Path, *, overwrite: bool = False, marker: str, inputs: Iterab
             this user may not write.
     """
     out = out.absolute()
-    _require_free(out, overwrite)
+    if not _replaced(out).exists():
+        _require_free(out, overwrite)  # at once, without waiting for another process
     for path in inputs:
         if path.resolve().is_relative_to(out.resolve()):
             raise OutputExistsError(f"--out {out} holds the input {path}, which would be lost; choose another folder")
     partial = out.parent / f".{out.name}.{marker}.partial"
-    lock = out.parent / f".{out.name}.{marker}.lock"
+    lock = out.parent / f".{out.name}.lock"
     with _writable(out, folder_lock(lock)):
         try:
+            recover_folder(out)
             _require_free(out, overwrite)  # another process may have published it meanwhile
             partial.mkdir(exist_ok=True)
             with full_disk_named(out):
@@ -175,10 +178,13 @@ def _require_free(out: Path, overwrite: bool) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; what ``target`` held before is removed after the new one stands."""
-    old = None
+    """Rename ``source`` to ``target``; what ``target`` held before is removed after the new one stands.
+
+    A kill on the way leaves it as ``.NAME.replaced``, for ``recover_folder``. One process at a time.
+    """
+    recover_folder(target)
+    old = _replaced(target)
     if target.exists():
-        old = target.parent / f".{target.name}.replaced.{os.getpid()}"
         target.rename(old)
     source.rename(target)
     descriptor = os.open(target.parent, os.O_RDONLY)
@@ -186,8 +192,19 @@ def replace_folder(source: Path, target: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    if old is not None:
-        shutil.rmtree(old)
+    _remove(old)
+
+
+def recover_folder(target: Path) -> None:
+    """Put back what a killed ``replace_folder`` took away from ``target``; clear it where the new one stands."""
+    old = _replaced(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    _remove(old)
+
+
+def _replaced(target: Path) -> Path:
+    return target.parent / f".{target.name}.replaced"
 
 
 @contextmanager
@@ -204,7 +221,11 @@ def emptied_on_failure(folder: Path) -> Iterator[None]:
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

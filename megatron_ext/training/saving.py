@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_ext.config import RuntimeConfig
 from megatron_ext.events import Events
-from megatron_ext.folders import fsync_tree, replace_folder
+from megatron_ext.folders import fsync_tree, recover_folder, replace_folder
 from megatron_ext.weights.manifest import LATEST, iteration_folder, latest_folder, write_latest
 
 
@@ -34,9 +34,11 @@ class Saver:
         self._first = dist.get_rank() == 0
 
     def clear_partials(self) -> None:
-        """Remove what a killed save left."""
+        """Put back or remove what a killed save left."""
         if not self._first:
             return
+        for old in self._out.glob(".iter_*.replaced"):
+            recover_folder(self._out / old.name.removeprefix(".").removesuffix(".replaced"))
         for partial in self._out.glob(".iter_*.partial"):
             shutil.rmtree(partial)
         if (self._out / LATEST).exists():

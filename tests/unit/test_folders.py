@@ -1,6 +1,7 @@
 """--out: published whole or not at all."""
 
 import errno
+import shutil
 import threading
 from pathlib import Path
 
@@ -54,6 +55,45 @@ def test_overwrite_replaces_only_when_the_new_one_is_whole(tmp_path):
     with published(tmp_path / "out", overwrite=True, marker="convert") as partial:
         (partial / "new").write_text("2")
     assert contents(tmp_path / "out") == {"new": "2"}
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_an_overwrite_killed_between_its_steps_loses_nothing_and_leaves_nothing(step, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("1")
+    calls = [Path.rename, Path.rename, shutil.rmtree]
+
+    def killed(*arguments, **options):
+        if len(done) == step:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return calls[len(done) - 1](*arguments, **options)
+
+    done: list = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt), published(out, overwrite=True, marker="convert") as partial:
+            (partial / "new").write_text("2")
+    with pytest.raises(OutputExistsError, match="--overwrite"), published(out, marker="export"):
+        pass
+    assert contents(out) == ({"new": "2"} if step == 2 else {"old": "1"})
+    with published(out, overwrite=True, marker="convert") as partial:
+        (partial / "new").write_text("3")
+    assert contents(out) == {"new": "3"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_that_is_overwritten_leaves_what_it_points_to(tmp_path):
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "mine").write_text("1")
+    (tmp_path / "out").symlink_to(tmp_path / "place")
+    with published(tmp_path / "out", overwrite=True, marker="convert") as partial:
+        (partial / "new").write_text("2")
+    assert contents(tmp_path / "out") == {"new": "2"}
+    assert contents(tmp_path / "place") == {"mine": "1"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "place"]
 
 
 def test_two_commands_on_one_out_exclude_each_other(tmp_path):
