@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.data.inspection import inspect_dataset, render_html
-from megatron_ext.errors import SourceError
+from megatron_ext.errors import CheckpointError, SourceError
 from megatron_ext.evaluation.compare import Score, compare, comparison_cells
 from megatron_ext.report import page
 from megatron_ext.report.charts import line_chart
@@ -26,6 +26,7 @@ FLOWS = {"text": "full-pretrain", "chat": "full-sft", "preference": "full-dpo"}
 LOSS_OF = {"text": "mean over all tokens", "chat": "mean over trained tokens", "preference": "mean over pairs"}
 SAMPLES = 4
 """Conversations shown."""
+NOT_VERIFIED = "none: it was not compared with what it was made from"
 
 
 def run(job: Job, events: Events) -> dict[str, Any]:
@@ -212,8 +213,11 @@ def _data(dataset: Path) -> str:
 def _verification(inputs: Mapping[str, Any]) -> str:
     blocks = []
     for role, title in (("checkpoint", "Conversion"), ("export", "Export")):
-        certificate = read_certificate(Path(inputs[role]))
-        told = facts(certificate) if certificate else {"level": "none: it was not compared with what it was made from"}
+        try:
+            certificate = read_certificate(Path(inputs[role]))
+            told = facts(certificate) if certificate else {"level": NOT_VERIFIED}
+        except CheckpointError as error:
+            told = {"level": f"unknown: {error}"}
         blocks.append(page.facts(title, told))
     if changes := _read_json(Path(inputs["checkpoint"]) / "manifest.json").get("changes"):
         blocks.append(page.facts("Changed by the conversion", _changes(changes)))

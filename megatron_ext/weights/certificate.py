@@ -62,17 +62,19 @@ def read_certificate(folder: Path) -> Certificate | None:
     """The certificate of a checkpoint or an exported folder; None if it was never verified.
 
     Raises:
-        CheckpointError: there is one, and it is damaged.
+        CheckpointError: there is one, and it is damaged; names the place in it.
     """
     path = folder / CERTIFICATE
-    if not path.exists():
-        return None
     try:
         return Certificate.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        problem = error.strerror
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "file"
-        raise CheckpointError(f"{path} is no certificate: {place}: {first['msg']}; verify the folder again") from None
+        problem = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
+    raise CheckpointError(f"{path} is no certificate: {problem}; make the folder again, or remove what lies there")
 
 
 def facts(certificate: Certificate) -> dict[str, str]:

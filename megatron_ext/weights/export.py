@@ -31,7 +31,7 @@ from megatron_ext.weights.pipeline import write_model
 from megatron_ext.weights.planning import check_stored, hf_shapes
 from megatron_ext.weights.sources import descends, require_tokenizer
 from megatron_ext.weights.streams import CheckpointReader
-from megatron_ext.weights.verify import check_level, gate
+from megatron_ext.weights.verify import check_level, converted_digests, gate
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 """Files that hold the source's weights in some format; the export holds its own."""
@@ -79,6 +79,8 @@ def export(
         raise ConfigError(unknown("dtype", dtype, SHORT))
     manifest = manifest_of(checkpoint, model, events, trust_pickle=trust_pickle)
     check_level(verify, manifest.architecture, platform)
+    if verify != "none":
+        converted_digests(manifest, checkpoint)  # the gate needs them: refuse damaged ones before anything is written
     config = read_config(model)
     plan = checked_plan(manifest, checkpoint, model, config)
     source = open_checkpoint(checkpoint, manifest, trust_pickle=trust_pickle)

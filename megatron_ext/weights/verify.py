@@ -124,8 +124,7 @@ def verify(
     reader = reopened()
     planning.check_stored(plan, reader, checkpoint)
     reader.close()
-    kept = read_certificate(checkpoint) if manifest.iteration == "release" else None
-    digests = kept.digests if kept else {}
+    digests = converted_digests(manifest, checkpoint)
     sides = Sides(checkpoint, model, reopened, source.reopened)
     if direction is None:
         changed = descends(manifest, read_config(model), checkpoint, model)
@@ -160,6 +159,16 @@ def verify(
         seconds=round(time.monotonic() - started, 3),
         versions=versions(),
     )
+
+
+def converted_digests(manifest: CheckpointManifest, checkpoint: Path) -> dict[str, str]:
+    """Hugging Face tensor -> digest of what a converted checkpoint was made from; empty if it was never verified.
+
+    Raises:
+        CheckpointError: its certificate is damaged.
+    """
+    kept = read_certificate(checkpoint) if manifest.iteration == "release" else None
+    return kept.digests if kept else {}
 
 
 def _direction(

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from tiny import write_jsonl, write_model
@@ -146,6 +148,13 @@ def test_what_was_verified_is_said_and_what_was_not_too(inputs, folders):
     assert f"{certificate['tensors']} of Hugging Face" in shown
     assert f"{certificate['bytes']:,}, bit for bit in fp32" in shown
     assert "Export level none: it was not compared" in shown
+
+
+def test_a_damaged_certificate_is_said_and_costs_only_its_own_figures(inputs, folders, tmp_path):
+    damaged = Path(shutil.copytree(folders / "checkpoint", tmp_path / "checkpoint"))
+    (damaged / "certificate.json").write_text('{"level": "dig')
+    shown = Page(render({**inputs, "checkpoint": str(damaged)}, CONFIG)).text
+    assert re.search(r"Conversion level unknown: .*certificate\.json is no certificate: file: Invalid JSON", shown)
 
 
 def test_the_same_run_gives_the_same_bytes(inputs):

@@ -13,6 +13,7 @@ from megatron_ext import cli
 from megatron_ext.config import ModelConfig, RuntimeConfig
 from megatron_ext.errors import ConfigError, VerificationError
 from megatron_ext.weights import convert as converting
+from megatron_ext.weights.certificate import CERTIFICATE
 from megatron_ext.weights.verify import check_level
 
 
@@ -62,6 +63,22 @@ def test_convert_that_fails_the_gate_exits_with_1_and_leaves_nothing(pristine, t
     assert list(tmp_path.iterdir()) == []
     assert mflow(monkeypatch, *line, "--verify", "none", "--json") == 0
     assert json.loads(capsys.readouterr().out)["verified"] is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"version": 2}', None], ids=str)
+def test_a_damaged_certificate_is_named_before_anything_is_written_and_ignored_where_none_is_needed(
+    content, pristine, tmp_path, monkeypatch, capsys
+):
+    checkpoint = Path(shutil.copytree(pristine / "checkpoint", tmp_path / "checkpoint"))
+    damaged = checkpoint / CERTIFICATE
+    damaged.unlink()
+    damaged.mkdir() if content is None else damaged.write_bytes(content)
+    both = ["--checkpoint", checkpoint, "--model", pristine / "hf"]
+    for line in (["verify", *both], ["export", *both, "--out", tmp_path / "out"]):
+        assert mflow(monkeypatch, *line) == 2
+        assert f"{damaged} is no certificate: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert mflow(monkeypatch, "export", *both, "--out", tmp_path / "out", "--verify", "none") == 0
 
 
 DAMAGING = """
