@@ -21,8 +21,12 @@ from megatron_ext.data.formats import Message
 from megatron_ext.errors import ChatTemplateError
 
 DICT_ATTRIBUTES = frozenset(dir(dict))
-TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+TEMPLATE_FAULTS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError
+)  # fmt: skip
 """What a template can raise on messages it was not written for."""
+COMPILE_FAULTS = (jinja2.TemplateError, SyntaxError, ValueError, ArithmeticError, RecursionError)
+"""What a text that is no template can raise: Jinja compiles to Python, and computes what is constant."""
 
 
 class Generation(Extension):
@@ -117,10 +121,11 @@ class Program:
             for block in self._render(self._new_context(variables, shared=True)):
                 generation.length += len(block)
                 blocks.append(block)
-        except TEMPLATE_FAULTS as error:
-            raise ChatTemplateError(f"chat template {self.name!r} refuses the conversation: {error}") from None
         except RecursionError:
             raise ChatTemplateError(f"chat template {self.name!r} never ends") from None
+        except TEMPLATE_FAULTS as error:
+            said = " ".join(str(error).split())
+            raise ChatTemplateError(f"chat template {self.name!r} refuses the conversation: {said}") from None
         return "".join(blocks)
 
     @property
@@ -139,7 +144,7 @@ def compiled(source: TemplateSource, tokens: dict[str, str], now: datetime) -> P
     try:
         names = meta.find_undeclared_variables(environment.parse(source.text))
         program = Program(source.name, environment, source.text, tokens)
-    except jinja2.TemplateError as error:
+    except COMPILE_FAULTS as error:
         line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ChatTemplateError(f"chat template {source.name!r}{line} is not valid Jinja: {error}") from None
     if "eos_token" in names and "eos_token" not in tokens:

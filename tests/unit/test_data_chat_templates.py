@@ -353,34 +353,3 @@ def test_generation_in_a_macro_is_refused_instead_of_training_the_wrong_text():
     )
     with pytest.raises(ChatTemplateError, match="in a macro or a captured block"):
         trained(template(macro), chat("a", "b"))
-
-
-def test_a_template_refuses_with_its_own_words():
-    with pytest.raises(
-        ChatTemplateError, match=r"'llama2' refuses the conversation: .*needs the turns user, assistant"
-    ):
-        trained(named("llama2"), chat("a", "b") + chat("c", "d")[1:])
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("{% for m in %}", "line 1 is not valid Jinja"),
-        ("{% generation %}{{ messages }}", "is not valid Jinja"),
-    ],
-)
-def test_a_broken_template_is_refused(text, problem):
-    with pytest.raises(ChatTemplateError, match=problem):
-        template(text)
-
-
-def test_a_template_cannot_reach_out_of_its_sandbox():
-    with pytest.raises(ChatTemplateError, match="unsafe"):
-        template("{{ messages.__class__.__mro__ }}").text(chat("a", "b"))
-    with pytest.raises(ChatTemplateError, match="refuses the conversation"):
-        template("{{ messages.append(1) }}").text(chat("a", "b"))
-
-
-def test_a_missing_eos_token_is_refused_before_anything_is_rendered():
-    with pytest.raises(ChatTemplateError, match=r"set eos_token in tokenizer_config\.json"):
-        template("{{ messages[0].content + eos_token }}", {})

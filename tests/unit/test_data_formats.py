@@ -16,6 +16,7 @@ from megatron_ext.data.formats import (
 from megatron_ext.errors import DatasetFormatError, RowFormatError
 
 FILE = Path("data/train.jsonl")
+DEEP = "[" * 100_000
 
 
 def messages_of(row, format):
@@ -209,6 +210,10 @@ def test_an_answer_may_call_tools():
             {"conversations": [{"from": "gpt", "value": "x"}], "tools": "{"},
             "field 'tools' is not valid JSON",
         ),
+        ("sharegpt", {"conversations": [{"from": ["x"], "value": "x"}]}, "holds an unknown speaker"),
+        ("sharegpt", {"conversations": DEEP}, "field 'conversations' is not valid JSON"),
+        ("sharegpt", {"conversations": [{"from": "function_call", "value": DEEP}]}, "not the JSON of a function call"),
+        ("sharegpt", {"conversations": [{"from": "gpt", "value": "x"}], "tools": DEEP}, "'tools' is not valid JSON"),
         ("messages", {"messages": [{"role": "bot", "content": "x"}]}, r"'messages\[0\]\.role' holds an unknown role"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, r"content' is null, not text"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "is not a text part"),

@@ -1,6 +1,7 @@
 """Conversations and preferences to idxmaps: in processes, by the fast engine, with rows left out; real data."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from megatron_ext.data.idxmap import Idxmap
 from megatron_ext.data.manifest import DatasetManifest
 from megatron_ext.data.tokenization import tokenize
 from megatron_ext.data.tokenizers import load_tokenizer
-from megatron_ext.errors import ChatTemplateError, DatasetFormatError
+from megatron_ext.errors import ChatTemplateError, DatasetFormatError, UserError
 from megatron_ext.events import Events
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,29 @@ def test_a_row_that_does_not_fit_is_named_by_any_process(tmp_path, model, fast):
     path = write_jsonl(tmp_path / "b.jsonl", [*ROWS[:250], bad])
     with pytest.raises(ChatTemplateError, match=r"b\.jsonl, row 251: .*'llama2' refuses"):
         written(path, model, tmp_path / "out", workers=2, chat_template="llama2")
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "problem"),
+    [
+        ({"messages": [{"role": "user", "content": 3}]}, "chatml", "field 'messages[0].content' is a number"),
+        ({"messages": chat("a", "b"), "tools": "[" * 100_000}, "chatml", "field 'tools' is not valid JSON"),
+        ({"messages": chat("a", "b"), "tools": '[{"name": "f"}]'}, "chatml", "has tools"),
+        ({"messages": chat("a", "\ud83d half")}, "chatml", "holds half of a surrogate pair"),
+        ({"messages": chat("a", "b")[1:]}, "llama2", "chat template 'llama2' refuses the conversation"),
+        ({"messages": chat("a", "b")}, "{% generation %}{% endgeneration %}", "renders to no tokens at all"),
+        ({"messages": chat("a", "b")}, "{{ messages[0].content * 2 }}", "its place in the text cannot be found"),
+        ({"messages": chat("a", "b")}, "{{ cycler().next() }}", "at least one item"),
+    ],
+)
+def test_whatever_is_wrong_with_a_row_is_a_users_error_with_file_and_row(row, template, problem, tmp_path, model):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    if "{" in template:
+        (tmp_path / "t.jinja").write_text(template)
+        template = str(tmp_path / "t.jinja")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}, row 1: .*{re.escape(problem)}"):
+        written(path, model, tmp_path / "out", format="messages", chat_template=template)
 
 
 def test_rows_that_do_not_fit_are_skipped_and_counted(tmp_path, model):

@@ -43,7 +43,7 @@ def as_list(value: Any, name: str) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(name, f"is not valid JSON ({error})") from None
     raise RowError(name, f"is {kind_in_words(value)}, not a list")
 
@@ -69,7 +69,7 @@ def sharegpt_message(turn: Any, place: str) -> Message:
     if not isinstance(turn, dict):
         raise RowError(place, f"is {kind_in_words(turn)}, not an object with from and value")
     speaker = turn.get("from")
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise RowError(f"{place}.from", "holds an " + unknown("speaker", speaker, SHAREGPT_ROLES))
     role, value = SHAREGPT_ROLES[speaker], text_in(turn, "value", within=place)
     if role == "tool_calls":
@@ -111,7 +111,7 @@ def tools_in(row: Mapping[str, Any]) -> list[Any] | None:
             return None
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError("tools", f"is not valid JSON ({error})") from None
     tools = as_list(tools, "tools")
     if not all(isinstance(tool, dict) for tool in tools):
@@ -133,7 +133,7 @@ def _sharegpt_calls(text: str, place: str) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's form from the JSON text of one call or of a list of calls."""
     try:
         calls = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(place, f"is not the JSON of a function call ({error})") from None
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(c, dict) and isinstance(c.get("name"), str) for c in calls):
@@ -159,6 +159,6 @@ def _arguments(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
