@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.families.base import Architecture
+from megatron_ext.model.activation import swiglu
 from megatron_ext.model.attention import SDPACoreAttention
 from megatron_ext.model.norm import Norm
 from megatron_ext.model.rotary import attention_factor
@@ -63,6 +64,11 @@ def experts_config(
     }
 
 
+def own_gate(architecture: Architecture, on_cpu: bool) -> bool:
+    """Whether the layers take our ``swiglu``; megatron-core's compiled one is for devices."""
+    return on_cpu and architecture.gated_linear_unit and architecture.activation == "silu"
+
+
 def layer_spec(architecture: Architecture, config: TransformerConfig, fused: bool, vp_stage: int | None = None) -> Any:
     """Transformer Engine's layers if ``fused``, else megatron-core's own with SDPA."""
     experts = architecture.num_moe_experts
@@ -81,9 +87,15 @@ def layer_spec(architecture: Architecture, config: TransformerConfig, fused: boo
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
     if architecture.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
+    mlp = spec.submodules.mlp.submodules
     if experts is not None:
-        spec.submodules.mlp.submodules.router = Router
+        mlp.router = Router
+        mlp.experts.submodules.activation_func = swiglu
+        if mlp.shared_experts is not None:
+            mlp.shared_experts.submodules.activation_func = swiglu
         # Transformer Engine does not fuse this norm into experts, so it has a name of its own:
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    else:
+        mlp.activation_func = swiglu
     layers = [spec] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.families.base import Architecture
-from megatron_ext.model.layers import attention_config, experts_config, layer_spec
+from megatron_ext.model.layers import attention_config, experts_config, layer_spec, own_gate
 from megatron_ext.model.rotary import PositionedRotary
 from megatron_ext.platforms.base import Platform
 from megatron_ext.weights.vocab import padded_vocab_size
@@ -64,6 +64,7 @@ def transformer_config(
         apply_rope_fusion=fused,
         persist_layer_norm=fused,
         **_recomputation(runtime),
+        use_te_activation_func=own_gate(architecture, on_cpu),  # not Transformer Engine's: the one that the spec names
         bias_activation_fusion=not on_cpu and architecture.activation in ("silu", "gelu"),
         bias_dropout_fusion=not on_cpu,
     )
