@@ -1,4 +1,4 @@
-"""Bugs of megatron-core 0.16.1, each repaired in one function. Another version gets none of them: check it first."""
+"""Bugs of megatron-core 0.16, each repaired in one function. Another version is refused: look at each of them first."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ import logging
 import queue
 from typing import Any
 
-VERSION = (0, 16, 1)
+from megatron_ext.errors import PlatformError
+
+SERIES = (0, 16)
 
 
 def apply(platform: str) -> None:
-    """Repair the installed megatron-core for ``platform``, after it was imported and before a model is built."""
+    """Repair the installed megatron-core for ``platform``, after it was imported and before a model is built.
+
+    Raises:
+        PlatformError: it is of another series, in which these bugs may be mended, moved or joined by others.
+    """
     from megatron.core import package_info
 
+    if (package_info.MAJOR, package_info.MINOR) != SERIES:
+        raise PlatformError(
+            f"megatron-core {package_info.__version__} is installed, of which megatron-flows knows nothing; "
+            "install megatron-core 0.16.1"
+        )
+    _own_step_for_each_parameter()
+    _restore_states_without_gradient()
+    _write_in_this_process()
+    _route_without_transformer_engine()
     if platform == "cpu":
         _random_state_on_cpu()
-    if (package_info.MAJOR, package_info.MINOR, package_info.PATCH) == VERSION:
-        _own_step_for_each_parameter()
-        _restore_states_without_gradient()
-        _write_in_this_process()
-        _route_without_transformer_engine()
-        if platform == "cpu":
-            _dispatch_on_cpu()
-            _exchange_uneven_parts_on_cpu()
+        _dispatch_on_cpu()
+        _exchange_uneven_parts_on_cpu()
 
 
 def _random_state_on_cpu() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from megatron_ext.errors import PlatformError
+from megatron_ext.platforms import megatron_fixes
 from megatron_ext.platforms.base import select
 from megatron_ext.platforms.cuda import CUDA
 
@@ -30,6 +32,7 @@ def test_unknown_platforms_name_the_nearest() -> None:
 def test_selecting_changes_nothing_and_preparing_redirects() -> None:
     script = """
 import torch
+from megatron_ext.platforms import megatron_fixes
 from megatron_ext.platforms.base import select
 from megatron_ext.platforms.cuda import CUDA
 before = torch.cuda.current_device, torch.zeros, torch.Tensor.to
@@ -50,3 +53,12 @@ def test_transformer_engine_builds_the_layers_in_bf16_only(monkeypatch: pytest.M
     assert CUDA().fused_layers("bf16")
     assert not CUDA().fused_layers("fp32")
     assert not select("cpu").fused_layers("bf16")
+
+
+def test_a_megatron_core_of_another_series_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    package_info = types.SimpleNamespace(MAJOR=0, MINOR=17, PATCH=0, __version__="0.17.0")
+    core = types.SimpleNamespace(package_info=package_info)
+    monkeypatch.setitem(sys.modules, "megatron", types.SimpleNamespace(core=core))
+    monkeypatch.setitem(sys.modules, "megatron.core", core)
+    with pytest.raises(PlatformError, match=r"megatron-core 0\.17\.0 .* install megatron-core 0\.16\.1"):
+        megatron_fixes.apply("cpu")
