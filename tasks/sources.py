@@ -180,7 +180,8 @@ def _data_file(source: Source, number: int, digests: SourceDigests) -> Files:
 
 
 def _require_distinct(key: str, found: list[DemoName | Files]) -> None:
-    origins = [part.origin for part in found if isinstance(part, Files)]
+    files = [part for part in found if isinstance(part, Files)]
+    origins = [part.url or os.path.realpath(part.origin) for part in files]
     if twice := next((origin for origin in origins if origins.count(origin) > 1), None):
         raise SourceError(f"{key}: {twice} is named twice; name it once, with a weight if it should count more")
 

@@ -13,11 +13,14 @@ from megatron_ext.folders import published
 from megatron_ext.options import AsJson, Out, Overwrite, report
 from megatron_ext.terminal import TerminalEvents
 
+INPUT = (
+    "Files, globs, folders or URLs; 0.7:FILE weighs it in a blend. Each line of a .txt file is a document of its own."
+)
 Overlong = Literal["truncate", "drop", "split"]
 
 
 def tokenize(
-    input: Annotated[list[str], typer.Option(help="Files, globs, folders or URLs; 0.7:FILE weighs it in a blend.")],
+    input: Annotated[list[str], typer.Option(help=INPUT)],
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face folder with the tokenizer.")],
     out: Out,
     format: Annotated[DatasetFormat, typer.Option(help="Shape of a row; auto decides from the rows.")] = "auto",

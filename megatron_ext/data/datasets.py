@@ -105,16 +105,17 @@ class Dataset:
         if all(file.get("weight", 1.0) == 1.0 for file in files):
             return (Pool(0, count, 1.0),)
         pools: list[Pool] = []
-        names: list[str] = []
+        inputs: list[Any] = []
         at = 0
         for file in files:
             first, at = at, at + int(file["rows"] if file.get("documents") is None else file["documents"])
-            name = file.get("input") or file["name"]
-            if names and names[-1] == name:
+            given = file.get("entry")
+            given = file.get("input") or file["name"] if given is None else given
+            if inputs and inputs[-1] == given:
                 pools[-1] = Pool(pools[-1].first, at, pools[-1].weight)
             else:
                 pools.append(Pool(first, at, float(file["weight"])))
-                names.append(name)
+                inputs.append(given)
         if at != count:
             raise SourceError(f"{self.place}: its files hold {at} documents, but there are {count}; make it again")
         return tuple(pools)

@@ -68,6 +68,9 @@ class SourceFile(Section):
         default=1.0, description="Share in a blend, relative to the other inputs; used when training reads."
     )
     input: str = Field(default="", description="What the user wrote that named this file: itself, a glob, a folder.")
+    entry: int | None = Field(
+        default=None, description="Number of that input, from 0; the files of one input share its weight."
+    )
     documents: int | None = Field(
         default=None, description="Documents that it became; they follow those of the file before."
     )

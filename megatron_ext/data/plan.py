@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from megatron_ext.data.slow_tokenizer import SlowTokenizer
 
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 """Of what is written for the same input; leftovers of another version are not gone on with."""
 SMALL_BYTES = 4 << 20
 """Up to this much data one process and the reference do the work: anything faster would not have started by then."""
@@ -92,7 +92,7 @@ class Plan:
             template,
             self.tokenizer_digest,
             self.formats,
-            [(str(source), source.weight, source.input, file_state(source)) for source in self.sources],
+            [(str(s), s.weight, s.input, s.entry, file_state(s)) for s in self.sources],
         ]
         return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
@@ -156,8 +156,9 @@ def _format_of(source: Source, options: TokenizeOptions) -> tuple[str, str]:
     if options.format != AUTO:
         return options.format, f"{source.name}: format {options.format} was asked for"
     skipped = (lambda number, error: None) if options.on_bad_row == "skip" else None
-    rows = read_rows(source, wanted_columns(AUTO, options.columns), on_bad=skipped)
-    return detect_format(islice(rows, SNIFFED_ROWS), source, options.columns)
+    columns = {} if source.kind == ".txt" else options.columns  # its lines have one name, whatever other files say
+    rows = read_rows(source, wanted_columns(AUTO, columns), on_bad=skipped)
+    return detect_format(islice(rows, SNIFFED_ROWS), source, columns)
 
 
 def _kind(sources: Sequence[Source], formats: Sequence[str]) -> Kind:

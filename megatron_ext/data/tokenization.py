@@ -55,8 +55,11 @@ def run(job: Job, events: Events) -> dict[str, Any]:
     a recipe gave weights.
     """
     options = dict(job.config)
-    given = options.pop("sources", None) or [(1.0, "")] * len(job.inputs["files"])
-    files = [Source(path, weight, said) for path, (weight, said) in zip(job.inputs["files"], given, strict=True)]
+    given, files = options.pop("sources", None), job.inputs["files"]
+    if given:
+        entries = list(dict.fromkeys(said for _, said in given))
+        known = zip(files, given, strict=True)
+        files = [Source(path, weight, said, entries.index(said)) for path, (weight, said) in known]
     folder = Path(job.inputs["tokenizer"])
     return tokenize(files, folder, job.out, workers=job.runtime.workers, events=events, **options)
 
@@ -280,6 +283,7 @@ def _file(plan: Plan, shards: Shards, facts: SourceFacts, number: int) -> Source
         digest=facts.digest(number),
         format=plan.formats[number],
         weight=source.weight,
+        entry=source.entry,
         input=Path(source.input).name if source.input in ("", source.path) else source.input,
         documents=counts.documents,
     )

@@ -124,3 +124,19 @@ def test_a_file_on_a_web_server_is_read_and_its_query_is_no_part_of_its_kind(tmp
     assert [row["text"] for _, row in read_rows(source)] == TEXTS
     with pytest.raises(SourceError, match=r"gone\.jsonl does not exist"):
         list(read_rows(f"{web}/gone.jsonl"))
+
+
+def test_a_file_named_in_two_ways_is_named_twice(tmp_path):
+    touch(tmp_path, "a/x.jsonl", "a/y.jsonl", "b/z.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a/x.jsonl")
+    for twin in (f"{tmp_path}/b/../a/x.jsonl", tmp_path / "link.jsonl"):
+        with pytest.raises(SourceError, match=r"(x|link)\.jsonl \(it is .*a/x\.jsonl, too\) is named twice"):
+            expand([tmp_path / "a", twin])
+
+
+def test_a_tokenized_dataset_in_a_folder_is_no_data(tmp_path):
+    touch(tmp_path, "a.jsonl", "out/manifest.json", "out/tokens.bin", "out/tokenizer.json")
+    touch(tmp_path, "half/shards.jsonl", "half/chosen_tokens.bin", "half2/manifest.json")
+    assert names(expand([tmp_path])) == ["a.jsonl", "manifest.json"]
+    with pytest.raises(SourceError, match="out holds no data files"):
+        expand([tmp_path / "out"])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import math
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,8 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUPPORTED = f"{', '.join(KINDS)}, each also with {' or '.join(COMPRESSIONS)} behind it"
 SIDE_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """What Hugging Face ``datasets`` writes beside the data; passed over in a folder."""
+DATASET_FILES = ("manifest.json", "shards.jsonl")
+"""Beside ``tokens.bin``, of a dataset that ``mflow tokenize`` made or is making."""
 WEIGHT = re.compile(r"(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?):(?=.)")
 MAGIC = re.compile(r"[*?\[]")
 
@@ -32,11 +35,13 @@ class Source:
         weight: share of this source in a blend, relative to the others' (as in Megatron's ``--data-path``); all
             files of one glob or folder carry the weight of their input.
         input: what the user wrote, and the file came from.
+        entry: number of that input among all that were given; files of one entry share its weight.
     """
 
     path: str
     weight: float = 1.0
     input: str = ""
+    entry: int | None = None
 
     def __str__(self) -> str:
         return self.path
@@ -99,28 +104,38 @@ def expand(inputs: Sequence[str | Path | Source]) -> list[Source]:
 
     Args:
         inputs: a file, a glob (``data/**/*.jsonl``), a folder (searched recursively; files of other kinds, hidden
-            ones and Hugging Face's side files are passed over) or an fsspec URL of one of these, each with an
-            optional weight in front: ``0.7:data/web/*.jsonl``.
+            ones, Hugging Face's side files and tokenized datasets are passed over) or an fsspec URL of one of these,
+            each with an optional weight in front: ``0.7:data/web/*.jsonl``. What this gave before comes out as it is.
 
     Raises:
         SourceError: nothing is there, a kind is not supported, a file is named twice, a weight is not a positive
             number, or the package that opens a URL is not installed.
     """
     found: dict[str, Source] = {}
-    for given in inputs:
-        text, weight = (given.path, given.weight) if isinstance(given, Source) else _weighted(given)
-        for path in _paths(text):
-            if path in found:
+    for entry, given in enumerate(inputs):
+        for source in _meant(given, entry):
+            place = source.path if source.is_url else os.path.realpath(source.path)
+            if twin := found.get(place):
+                also = "" if twin.path == source.path else f" (it is {twin.path}, too)"
                 raise SourceError(
-                    f"{path} is named twice, by {found[path].input} and {given}; name it once, with a weight in front "
-                    f"(2:{path}) if it should count more"
+                    f"{source}{also} is named twice, by {twin.input} and {source.input}; name it once, with a weight "
+                    f"in front (2:{source}) if it should count more"
                 )
-            found[path] = Source(path, weight, str(given))
+            found[place] = source
     if not found:
         raise SourceError(f"no data files were given; name at least one ({SUPPORTED})")
     for source in found.values():
         require_file(source)
     return list(found.values())
+
+
+def _meant(given: str | Path | Source, entry: int) -> list[Source]:
+    """The files that one input means. A source is a file already, and knows which input named it."""
+    if isinstance(given, Source):
+        known = {"input": given.input or given.path, "entry": entry if given.entry is None else given.entry}
+        return [replace(given, **known)]
+    text, weight = _weighted(given)
+    return [Source(path, weight, str(given), entry) for path in _paths(text)]
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -199,12 +214,23 @@ def _of_glob(pattern: str, files: list[str]) -> list[str]:
 
 def _of_folder(folder: str, files: list[str], prefix: int) -> list[str]:
     """The data files of a folder, whose path is the first ``prefix`` characters of theirs."""
-    kept = []
+    kept, made = [], _datasets(files)
     for file in sorted(files):
         parts = [part for part in re.split(r"[/\\]", file[prefix:]) if part]
         hidden = any(part.startswith((".", "_")) for part in parts)
+        hidden = hidden or any(file.startswith(f"{dataset}/") for dataset in made)
         if Source(file).kind in KINDS and parts[-1] not in SIDE_FILES and not hidden:
             kept.append(file)
     if not kept:
         raise SourceError(f"folder {folder} holds no data files; supported: {SUPPORTED}")
     return kept
+
+
+def _datasets(files: list[str]) -> set[str]:
+    """Folders that hold a tokenized dataset, or one that is being made; its .json files are no data."""
+    found, there = set(), set(files)
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        if name.endswith("tokens.bin") and any(f"{folder}/{other}" in there for other in DATASET_FILES):
+            found.add(folder)
+    return found
