@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -122,12 +122,15 @@ def folder_lock(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def published(out: Path, *, overwrite: bool = False, marker: str, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+def published(
+    out: Path, *, overwrite: bool = False, marker: str, inputs: Iterable[Path] = (), resumable: bool = False
+) -> Iterator[Path]:
     """Build ``--out``: yields the partial folder, then fsyncs and renames it to ``out``.
 
     ``marker`` names the command (``"convert"``); its partial is ``.NAME.MARKER.partial`` beside ``out`` and is
-    yielded as a killed attempt left it. Faulty input leaves nothing behind; a crash leaves the partial. What
-    ``overwrite`` was replacing when it was killed is put back, or cleared, by the next command on ``out``.
+    yielded as a killed attempt left it. Faulty input leaves nothing behind; a crash leaves the partial, and so does
+    any error of a ``resumable`` command that left something in it. What ``overwrite`` was replacing when it was killed
+    is put back, or cleared, by the next command on ``out``.
     ``inputs`` are what the command reads: ``overwrite`` must not remove them.
 
     Raises:
@@ -152,7 +155,10 @@ def published(out: Path, *, overwrite: bool = False, marker: str, inputs: Iterab
             fsync_tree(partial)
             replace_folder(partial, out)
         except UserError:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not resumable:
+                shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                partial.rmdir()
             raise
         finally:
             lock.unlink(missing_ok=True)

@@ -49,7 +49,8 @@ def tokenize(
 
     sources = expand(input)
     reads = [*(Path(source.path) for source in sources if not source.is_url), tokenizer]
-    with published(out, overwrite=overwrite, marker="tokenize", inputs=reads) as partial, TerminalEvents() as events:
+    place = published(out, overwrite=overwrite, marker="tokenize", inputs=reads, resumable=True)
+    with place as partial, TerminalEvents() as events:
         summary = tokenize_files(
             sources,
             tokenizer,

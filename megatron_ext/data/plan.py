@@ -88,7 +88,7 @@ class Plan:
         template = None if self.template is None else self.template.text
         values = [
             OUTPUT_VERSION,
-            self.options.model_dump(exclude={"chat_template"}),
+            self.options.model_dump(exclude={"chat_template", "on_bad_row"}),  # the journal says what was skipped
             template,
             self.tokenizer_digest,
             self.formats,

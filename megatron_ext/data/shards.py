@@ -55,12 +55,21 @@ class Shards:
         kind: of the dataset.
         dtype: type of token ids on disk.
         vocabulary: number of ids; a larger id is an error.
+        skipping: whether rows may be skipped; if not, leftovers in which some were are of no use.
     """
 
     def __init__(
-        self, out: Path, identity: str, start: dict[str, str], kind: str, dtype: np.dtype, vocabulary: int
+        self,
+        out: Path,
+        identity: str,
+        start: dict[str, str],
+        kind: str,
+        dtype: np.dtype,
+        vocabulary: int,
+        *,
+        skipping: bool,
     ) -> None:
-        self.out, self.kind, self.dtype = out, kind, dtype
+        self.out, self.kind, self.dtype, self._skipping = out, kind, dtype, skipping
         self._head = {"identity": identity, "start": start}
         self.frequencies = np.zeros(vocabulary, dtype=np.int64)
         self.total = Counts()
@@ -155,14 +164,18 @@ class Shards:
             yield held[start : start + PART]
 
     def finish(self) -> None:
-        """Write the indices and clear what only the building needed."""
+        """Write the indices; ``clear`` what only the building needed when all else is written."""
         for side in SIDES[self.kind]:
             lengths = self._mapped_lengths(side)
             write_index(self.out / f"{side}{TOKENS}", self.dtype, lengths)
             if self.kind != "text":
                 write_index(self.out / f"{side}{LOSS_MASK}", np.uint8, lengths)
         self.__exit__()
-        clear(self.out, keep_result=True)
+
+    def discard(self) -> None:
+        """Forget all shards: what they hold is of no use to another attempt."""
+        clear(self.out)
+        self.total = Counts()
 
     def _mapped_lengths(self, side: str) -> np.ndarray:
         stream = self._streams[f"{side}lengths"]
@@ -198,7 +211,9 @@ class Shards:
         return kept
 
     def _holds(self, line: dict) -> bool:
-        """Whether the bytes of a shard are there; if so they count as written."""
+        """Whether the bytes of a shard are there and may be used; if so they count as written."""
+        if line["counts"]["skipped"] and not self._skipping:
+            return False
         frequencies = np.zeros_like(self.frequencies)
         for name, stream in self._streams.items():
             end = line["sizes"][name]

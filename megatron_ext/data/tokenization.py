@@ -9,8 +9,9 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -42,7 +43,7 @@ from megatron_ext.data.shards import Shards, clear, left_start
 from megatron_ext.data.source_facts import SourceFacts
 from megatron_ext.data.sources import Source
 from megatron_ext.data.tokenizers import tokenizer_file
-from megatron_ext.errors import DatasetFormatError, UserError
+from megatron_ext.errors import DatasetFormatError, RowFormatError, UserError, WorkerFailedError
 from megatron_ext.events import Events
 from megatron_ext.folders import full_disk_named
 from megatron_ext.worker import Job
@@ -98,10 +99,12 @@ def tokenize(
     """
     started = time.monotonic()
     checked = validated(TokenizeOptions, options, "the options of tokenize")
-    plan = make_plan(files, tokenizer, out, checked, extra_vocab_size)
-    _tell(plan, events)
-    with full_disk_named(out):
+    try:
+        plan = make_plan(files, tokenizer, out, checked, extra_vocab_size)
+        _tell(plan, events)
         manifest = _build(plan, out, workers or available_cores(), events)
+    except RowFormatError as error:
+        raise DatasetFormatError(str(error)) from None  # which another process can make again of its message
     seconds = time.monotonic() - started
     kept = manifest.model_dump(
         include={"kind", "documents", "tokens", "trained_tokens", "untrained_documents", "row_format", "why", "dtype"}
@@ -156,9 +159,6 @@ def _build(plan: Plan, out: Path, workers: int, events: Events) -> DatasetManife
             why = f"gigatoken is not exact here: {error}"
             events.note(f"{why}; tokenizers does the work, which takes longer")
             return _attempt(plan, out, replace(start, engine=TOKENIZERS, why=why), proof, facts, workers, events)
-    except UserError:
-        clear(out)  # the shards of input that is at fault are of no use
-        raise
     finally:
         facts.stop()
 
@@ -199,17 +199,44 @@ def _attempt(
     events: Events,
 ) -> DatasetManifest:
     (out / names.NAME).unlink(missing_ok=True)
-    with Shards(out, plan.identity, asdict(start), plan.kind, plan.dtype, plan.id_limit) as shards:
+    skipping = plan.options.on_bad_row == "skip"
+    head = (plan.identity, asdict(start), plan.kind, plan.dtype, plan.id_limit)
+    with _kept_if_any(Shards(out, *head, skipping=skipping)) as shards:
         build(plan, shards, start, proof, facts, workers, events)
         require_exact(start.engine, proof)
-        facts.require_unchanged()
-        _require_sensible(plan, shards.total)
+        _require_sound(plan, shards, facts)
         record = _engine_record(start, proof, shards.total)
         manifest = _manifest(plan, shards, facts, record)
         shards.finish()
-    shutil.copyfile(tokenizer_file(plan.folder), out / names.TOKENIZER)
-    manifest.write(out)
+        shutil.copyfile(tokenizer_file(plan.folder), out / names.TOKENIZER)
+        manifest.write(out)
+    clear(out, keep_result=True)
     return manifest
+
+
+@contextmanager
+def _kept_if_any(shards: Shards) -> Iterator[Shards]:
+    """``shards``, opened. An error says what it leaves to the next attempt, and leaves nothing else."""
+    try:
+        with full_disk_named(shards.out), shards:
+            yield shards
+    except (UserError, WorkerFailedError) as error:
+        if not shards.total.rows:
+            clear(shards.out)
+            raise
+        kept = f"the first {shards.total.rows:,} rows are tokenized and kept; the same command goes on behind them"
+        error.args = (f"{error} ({kept})",)
+        raise
+
+
+def _require_sound(plan: Plan, shards: Shards, facts: SourceFacts) -> None:
+    """Refuse, shards and all, what another attempt would make no better."""
+    try:
+        facts.require_unchanged()
+        _require_sensible(plan, shards.total)
+    except UserError:
+        shards.discard()
+        raise
 
 
 def _engine_record(start: Start, proof: Future[Proof], total: Counts) -> EngineRecord:
