@@ -29,7 +29,8 @@ from megatron_ext.data.text_work import Done, Skipped
 from megatron_ext.data.tokenizers import load_tokenizer
 from megatron_ext.errors import ChatTemplateError, DatasetFormatError, RowFormatError
 
-BLOCK_ROWS = 256
+BLOCK_ROWS, BLOCK_BYTES = 256, 2 << 20
+"""A block ends at whichever comes first; the second is about the content, see ``content_size``."""
 SHARD_BLOCKS = 64
 
 
@@ -61,12 +62,30 @@ def chat_blocks(
             continue
         start = position[1] if number == position[0] else 0
         skipped, row, held, first = Skipped(skip), start, [], number == 0 and start == 0
+        size = 0
         for row, value in read_rows(source, wanted_columns(format, columns), start, skipped.on_bad):
             held.append((row, value))
-            if len(held) == BLOCK_ROWS:
+            size += content_size(value)
+            if len(held) == BLOCK_ROWS or size >= BLOCK_BYTES:
                 yield ChatBlock(number, str(source), format, row, held, skipped.take(), first=first)
-                held, first = [], False
+                held, first, size = [], False, 0
         yield ChatBlock(number, str(source), format, row, held, skipped.take(), True, first)
+
+
+def content_size(value: Any) -> int:
+    """Characters of all text in a row's value, and a few for everything else: about its size as JSON."""
+    size, waiting = 0, [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            size += len(part)
+        elif isinstance(part, dict):
+            size += 8 * len(part)
+            waiting.extend(part.values())
+        elif isinstance(part, list):
+            size += 8 * len(part)
+            waiting.extend(part)
+    return size
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,6 @@ class ChatWorker:
     def __init__(self, spec: ChatSpec, reference: ReferenceEngine) -> None:
         self._spec, self._reference = spec, reference
         self._template = spec.chat_template()
-        self._takes_tools: bool | None = None
         self._engine: GigatokenEngine | None = None
         if spec.engine == GIGATOKEN:
             self._engine = GigatokenEngine(reference.tokenizer.to_str(), reference)  # type: ignore[union-attr]
@@ -122,8 +140,11 @@ class ChatWorker:
         documents: list[tuple[Rendered, ...]] = []
         for number, row in block.rows:
             try:
-                documents.append(self._rendered(row, block, number))
-                numbers.append(number)
+                if rendered := self._rendered(row, block, number):
+                    documents.append(rendered)
+                    numbers.append(number)
+                else:
+                    counts.empty += 1
             except (RowFormatError, ChatTemplateError, DatasetFormatError) as error:
                 self._bad(error, counts)
         if not documents:
@@ -136,18 +157,19 @@ class ChatWorker:
         return Done(block.source, block.row, block.ends_source, sides, counts)
 
     def _rendered(self, row: Any, block: ChatBlock, number: int) -> tuple[Rendered, ...]:
+        """One side or two; nothing where nothing would be trained but the template's own words."""
         parsed = parse_row(row, block.format, block.place, number, self._spec.options.columns)
         place = f"{block.place}, row {number}"
         if not isinstance(parsed, Conversation | Preference):
             raise DatasetFormatError(f"{place}: is text, not a conversation")
-        if parsed.uses_tools:
-            if self._takes_tools is None:
-                self._takes_tools = self._template.takes_tools()
-            if not self._takes_tools:
-                raise DatasetFormatError(
-                    f"{place}: has tools, tool calls or tool answers, but chat template {self._template.name!r} "
-                    "has no place for them; name one that has (qwen2.5), or leave such rows out"
-                )
+        if parsed.uses_tools and (lacking := self._template.tool_use.lacks(parsed)):
+            no_place = f"chat template {self._template.name!r} has no place for them"
+            raise DatasetFormatError(
+                f"{place}: has {lacking}, but {self._template.tool_use.refusal or no_place}; name a template that has "
+                "a place for them (qwen2.5), or leave such rows out"
+            )
+        if self._template.is_empty(parsed):
+            return ()
         try:
             documents: tuple[Rendered, ...]
             if isinstance(parsed, Preference):

@@ -15,11 +15,13 @@ import numpy as np
 
 from megatron_ext.data.documents import Batch
 from megatron_ext.data.engine_proof import EngineDiffersError
-from megatron_ext.data.engines import GigatokenEngine, Ids, ReferenceEngine, Texts
+from megatron_ext.data.engines import REFERENCE_BYTES, GigatokenEngine, Ids, ReferenceEngine, Texts, portions
 from megatron_ext.data.rendering import Rendered, Span
 
 BLANK = "▁".encode()
 """What a space is in the pieces of sentencepiece."""
+MASKED_BYTES = 1 << 20
+"""Text whose masks are made at once: several numbers for every byte and token are held meanwhile."""
 
 
 def encode(tokenizer: Any, documents: list[Rendered]) -> list[Any]:
@@ -28,8 +30,18 @@ def encode(tokenizer: Any, documents: list[Rendered]) -> list[Any]:
 
 
 def encode_by_reference(engine: ReferenceEngine, documents: list[Rendered]) -> Batch:
-    """Ids and mask of rendered conversations."""
-    return to_arrays(encode(engine.tokenizer, documents), documents)
+    """Ids and mask of rendered conversations, a part at a time."""
+    bounds = np.cumsum([0, *(len(document.text) for document in documents)])
+    parts = [documents[first:last] for first, last in portions(bounds, REFERENCE_BYTES)]
+    return joined([to_arrays(encode(engine.tokenizer, part), part) for part in parts])
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """Several batches with masks as one."""
+    if len(batches) == 1:
+        return batches[0]
+    ids, masks, lengths = (list(values) for values in zip(*batches, strict=True))
+    return Batch(np.concatenate(ids), np.concatenate(masks), np.concatenate(lengths))
 
 
 def to_arrays(encodings: list[Any], documents: list[Rendered]) -> Batch:
@@ -80,8 +92,8 @@ class MaskMaker:
         if self._pieces:
             tokens = [token.replace(BLANK, b" ") for token in tokens]
         self._bytes = np.frombuffer(b"".join(tokens), np.uint8)
-        self._sizes = np.array([len(token) for token in tokens], dtype=np.int64)
-        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._sizes = np.array([len(token) for token in tokens], dtype=np.int32)
+        self._starts = np.cumsum(self._sizes, dtype=np.int32) - self._sizes
         self._spaced = np.array([token.startswith(b" ") for token in tokens], dtype=bool)
         added = {n: token.content.encode() for n, token in reference.tokenizer.get_added_tokens_decoder().items()}  # type: ignore[union-attr]
         self._added = np.array([added.get(number) == token for number, token in enumerate(tokens)], dtype=bool)
@@ -92,6 +104,18 @@ class MaskMaker:
         Raises:
             EngineDiffersError: the reference gives other ids for one of the documents.
         """
+        mask = np.empty(len(ids.values), dtype=np.uint8)
+        ends = _from_zero(np.cumsum(ids.lengths))
+        for first, last in portions(texts.bounds, MASKED_BYTES):
+            start, end = texts.bounds[[first, last]].tolist()
+            width = np.int32 if end - start < 1 << 31 else np.int64
+            part = Texts(texts.data[start:end], (texts.bounds[first : last + 1] - start).astype(width))
+            tokens = slice(int(ends[first]), int(ends[last]))
+            mask[tokens] = self._part(documents[first:last], part, Ids(ids.values[tokens], ids.lengths[first:last]))
+        return mask
+
+    def _part(self, documents: list[Rendered], texts: Texts, ids: Ids) -> np.ndarray:
+        """``mask`` of so few documents that what is held for each byte and token is little."""
         token_starts, known = self._places(texts, ids)
         mask = self._from_places(documents, texts, token_starts, known)
         ends = np.cumsum(ids.lengths)
@@ -109,7 +133,7 @@ class MaskMaker:
         Sentencepiece puts a space before a document, and with some tokenizers behind each special token, that is not
         in the text: all three are tried. A token that is such a space alone stands where the next one does.
         """
-        document_of = np.repeat(np.arange(texts.count), ids.lengths)
+        document_of = np.repeat(np.arange(texts.count, dtype=np.int32), ids.lengths)
         starts = texts.bounds[document_of]
         known = ids.lengths == 0
         first = np.zeros(len(ids.values), dtype=bool)
@@ -121,9 +145,10 @@ class MaskMaker:
             guesses = [(first | behind) & spaced, first & spaced, *guesses]
         for unwritten in guesses:
             sizes = self._sizes[ids.values] - unwritten
-            ends = np.cumsum(sizes)
-            before = np.append(0, ends)[np.cumsum(ids.lengths) - ids.lengths]  # bytes of earlier documents' tokens
-            found = ~known & (np.append(0, ends)[np.cumsum(ids.lengths)] - before == texts.sizes)
+            ends = np.cumsum(sizes, dtype=texts.bounds.dtype)
+            bounds = _from_zero(ends)[_from_zero(np.cumsum(ids.lengths))]  # bytes of the tokens up to each document
+            before = bounds[:-1]
+            found = ~known & (np.diff(bounds) == texts.sizes)
             empty = np.bincount(document_of[(sizes < 1) & ~unwritten], minlength=texts.count) > 0
             found &= ~empty
             tokens = found[document_of]
@@ -140,9 +165,11 @@ class MaskMaker:
 
     def _written(self, ids: np.ndarray, sizes: np.ndarray, unwritten: np.ndarray) -> np.ndarray:
         """The bytes of some tokens one after the other."""
-        ends = np.cumsum(sizes)
+        ends = np.cumsum(sizes, dtype=np.int64 if sizes.sum(dtype=np.int64) >> 31 else np.int32)
         shift = self._starts[ids] + unwritten - (ends - sizes)
-        return self._bytes[np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(shift, sizes)]
+        places = np.repeat(shift, sizes)
+        places += np.arange(len(places), dtype=places.dtype)
+        return self._bytes[places]
 
     def _from_places(
         self, documents: list[Rendered], texts: Texts, token_starts: np.ndarray, known: np.ndarray
@@ -170,11 +197,18 @@ class MaskMaker:
             inside = token_starts[firsts] != places[:, 0]
             inside |= np.append(token_starts, texts.bounds[-1])[lasts] != places[:, 1]
             known[of[inside | (edges <= 0x20).any(axis=0) | (edges >= 0x80).any(axis=0)]] = False
-        change = np.zeros(len(token_starts) + 1, dtype=np.int64)
+        change = np.zeros(len(token_starts) + 1, dtype=np.int32)
         kept = known[of]
         np.add.at(change, firsts[kept], 1)
         np.add.at(change, lasts[kept], -1)
-        return (np.cumsum(change[:-1]) > 0).astype(np.uint8)
+        return (np.cumsum(change[:-1], dtype=np.int32) > 0).astype(np.uint8)
+
+
+def _from_zero(ends: np.ndarray) -> np.ndarray:
+    """(N + 1,) bounds from the (N,) ends of stretches that follow each other."""
+    bounds = np.zeros(len(ends) + 1, dtype=ends.dtype)
+    bounds[1:] = ends
+    return bounds
 
 
 def _trims_offsets(post_processor: dict[str, Any] | None) -> bool:

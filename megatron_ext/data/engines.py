@@ -122,7 +122,7 @@ class ReferenceEngine:
         """Ids of the texts, a part at a time."""
         parts: list[np.ndarray] = []
         lengths = np.empty(texts.count, dtype=np.int64)
-        for first, last in _portions(texts.bounds, REFERENCE_BYTES):
+        for first, last in portions(texts.bounds, REFERENCE_BYTES):
             strings = [texts.string(number) for number in range(first, last)]
             found = [e.ids for e in self.tokenizer.encode_batch_fast(strings, add_special_tokens=False)]
             lengths[first:last] = [len(ids) for ids in found]
@@ -301,7 +301,7 @@ def _unsafe_ranges() -> list[list[int]]:
     return ranges
 
 
-def _portions(bounds: np.ndarray, size: int) -> Iterable[tuple[int, int]]:
+def portions(bounds: np.ndarray, size: int) -> Iterable[tuple[int, int]]:
     """Numbers ``[first, last)`` of texts that together have about ``size`` bytes."""
     first, count = 0, len(bounds) - 1
     while first < count:

@@ -22,7 +22,8 @@ Row = tuple[int, Any]
 """Number of the row in its file, and its value (an object, if the file fits any format)."""
 OnBad = Callable[[int, DatasetFormatError], None]
 """Takes the number of a row that cannot be read, and why."""
-COLUMNAR_BATCH = 1024
+COLUMNAR_BATCH, COLUMNAR_BYTES = 256, 2 << 20
+"""Rows of a columnar file that become Python values at once, at most, and about the bytes that they hold."""
 TEXT_COLUMN = "text"
 
 
@@ -223,9 +224,18 @@ def _read_parquet(place: Place, columns: Collection[str], start: int, bad: OnBad
         wanted = [index for index, name in enumerate(file.schema_arrow.names) if name in columns]
         names = [file.schema_arrow.names[index] for index in wanted] or None
         groups, number = groups_after(file, start)
-        for batch in file.iter_batches(batch_size=COLUMNAR_BATCH, columns=names, row_groups=groups):
+        rows = _rows_at_once(file.metadata, columns)
+        for batch in file.iter_batches(batch_size=rows, columns=names, row_groups=groups):
             yield from _batch_rows(batch, number, start, place)
             number += len(batch)
+
+
+def _rows_at_once(metadata: Any, columns: Collection[str]) -> int:
+    """Rows that hold about ``COLUMNAR_BYTES`` in the wanted columns, if no value of theirs repeats."""
+    leaves = [n for n in range(metadata.num_columns) if metadata.schema.column(n).path.split(".")[0] in columns]
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    size = sum(group.column(n).total_uncompressed_size for group in groups for n in leaves)
+    return max(1, min(COLUMNAR_BATCH, COLUMNAR_BYTES * metadata.num_rows // max(size, 1)))
 
 
 def groups_after(file: Any, start: int) -> tuple[list[int], int]:
@@ -243,8 +253,7 @@ def _read_arrow(place: Place, columns: Collection[str], start: int, bad: OnBad) 
     number = 0
     with open_seekable(place.source) as stored:
         for batch in arrow_batches(stored, columns):
-            for at in range(0, len(batch), COLUMNAR_BATCH):
-                yield from _batch_rows(batch.slice(at, COLUMNAR_BATCH), number + at, start, place)
+            yield from _batch_rows(batch, number, start, place)
             number += len(batch)
 
 
@@ -264,9 +273,11 @@ def arrow_batches(stored: Any, columns: Collection[str]) -> Iterator[Any]:
 
 def _batch_rows(batch: Any, before: int, start: int, place: Place) -> Iterator[Row]:
     skipped = min(max(start - before, 0), len(batch))
-    for number, row in enumerate(batch.slice(skipped).to_pylist(), before + skipped + 1):
-        place.row = number
-        yield number, row
+    rows = max(1, min(COLUMNAR_BATCH, COLUMNAR_BYTES * len(batch) // max(batch.nbytes, 1)))
+    for at in range(skipped, len(batch), rows):
+        for number, row in enumerate(batch.slice(at, rows).to_pylist(), before + at + 1):
+            place.row = number
+            yield number, row
 
 
 READERS: dict[str, Callable[[Place, Collection[str], int, OnBad], Iterator[Row]]] = {
