@@ -27,8 +27,8 @@ def recipe(server: Site) -> Path:
 
 
 @pytest.fixture(scope="module")
-def read(server: Site, recipe: Path) -> dict[str, Any]:
-    """What the first run said."""
+def read(server: Site, recipe: Path, built: dict[str, Any]) -> dict[str, Any]:
+    """What the first run said; the first of all, ``built``, came before it, so that it makes the checkpoint."""
     code, said, errors = server.run(recipe, flow="full-pretrain")
     assert code == 0, errors
     return said
