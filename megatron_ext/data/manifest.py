@@ -141,10 +141,13 @@ class LeftOut(Section):
 
     skipped_rows: int = Field(default=0, description="Rows that do not fit (on_bad_row skip).")
     first_skipped: tuple[str, ...] = Field(default=(), description="The first few of them, with the reason.")
-    empty_rows: int = Field(default=0, description="Rows of text without a token.")
+    empty_rows: int = Field(default=0, description="Rows without a text, or without an answer to train.")
     dropped: int = Field(default=0, description="Documents longer than max_length, left out.")
     truncated: int = Field(default=0, description="Documents cut to max_length.")
     truncated_tokens: int = Field(default=0, description="Tokens that were cut off.")
+    answers_cut_off: int = Field(
+        default=0, description="Documents left out because all that would be trained was beyond max_length."
+    )
     split: int = Field(default=0, description="Documents cut into several of at most max_length.")
 
 
@@ -182,6 +185,23 @@ class DatasetManifest(Section):
         """Names of the idxmaps in the folder, without suffix: tokens (and loss mask) of each side."""
         kinds = (TOKENS,) if self.kind == "text" else (TOKENS, LOSS_MASK)
         return tuple(side + name for side in SIDES[self.kind] for name in kinds)
+
+    def losses(self) -> list[str]:
+        """What of the data is not, or not whole, in the dataset, or will not be trained: a sentence each."""
+        out, beyond = self.left_out, f"max_length {self.options.max_length}"
+        empty = "empty" if self.kind == "text" else "empty or had no answer, and left out"
+        sentences = (
+            (out.skipped_rows, "row", "skipped, for not fitting" + "".join(f"; {row}" for row in out.first_skipped[:1])),
+            (out.empty_rows, "row", empty),
+            (out.dropped, "document", f"longer than {beyond} and dropped"),
+            (out.answers_cut_off, "document", f"dropped, because {beyond} left nothing of the answer"),
+            (out.truncated, "document", f"cut to {beyond}, {out.truncated_tokens:,} tokens lost"),
+            (out.split, "document", f"cut into several of at most {beyond}"),
+        )
+        said = [f"{n:,} {what}{' was' if n == 1 else 's were'} {fate}" for n, what, fate in sentences if n]
+        if untrained := self.untrained_documents:
+            said.append(f"{untrained:,} document{' has' if untrained == 1 else 's have'} no trained token")
+        return said
 
     @classmethod
     def read(cls, folder: Path) -> DatasetManifest:

@@ -8,18 +8,21 @@ From any other template they are derived from what it renders: assistant turn i 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from megatron_ext.data.chat_templates import TemplateSource
-from megatron_ext.data.formats import Conversation, Message, Preference
+from megatron_ext.data.formats import Conversation, Message, Preference, says_something
 from megatron_ext.data.skeletons import Inspected, Skeleton, Span
 from megatron_ext.data.templating import Program, compiled
+from megatron_ext.data.tool_use import ToolUse, probed_tool_use, spelled
 from megatron_ext.data.watching import Watched, watched
 from megatron_ext.errors import ChatTemplateError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-USER, ASSISTANT = "mflowprobeuser", "mflowprobeassistant"
+USER, ASSISTANT, SYSTEM = "mflowprobeuser", "mflowprobeassistant", "mflowprobesystem"
 SEQUENCES, VARIANTS = 1024, 8
 """Sequences of roles that are remembered, and skeletons of each: what a template asks about contents divides them."""
 
@@ -42,7 +45,7 @@ class ChatTemplate:
         now: what ``strftime_now`` writes; all processes that render one dataset should be given the same.
 
     Raises:
-        ChatTemplateError: the template is not valid Jinja, or writes an ``eos_token`` that the tokenizer lacks.
+        ChatTemplateError: the template is not valid Jinja, or writes a token that the tokenizer does not name.
     """
 
     def __init__(
@@ -77,10 +80,18 @@ class ChatTemplate:
         self.generation_prompt = prompt[len(plain) :] if prompt.startswith(plain) else ""
         self.end_marker = full.partition(ASSISTANT)[2].rstrip()
         """What follows an answer, white space at the end left out; empty when the template writes nothing there."""
+        self.drops_system = self._drops_system(answered)
+        """Whether a system message is left out of what is rendered, without a word."""
         self.trains_end_marker = True
         if self.marks_generation and self.end_marker:
             rendered = self._by_jinja(self._program, Conversation(answered), last_only=False)
             self.trains_end_marker = any(rendered.text[:end].endswith(self.end_marker) for _, end in rendered.spans)
+
+    def _drops_system(self, answered: list[Message]) -> bool:
+        try:
+            return SYSTEM not in self.text([{"role": "system", "content": SYSTEM}, *answered])
+        except ChatTemplateError:
+            return False
 
     def text(self, messages: list[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
         """The messages as text; with ``prompt`` up to where the assistant's next answer would start.
@@ -97,7 +108,18 @@ class ChatTemplate:
             ChatTemplateError: the template refuses the messages, or its assistant turns cannot be told apart.
         """
         rendered = self._rendered(conversation, self.last_turn_only)
-        return Rendered(rendered.text, [(0, len(rendered.text))]) if self.train_on_prompt else rendered
+        if not self.train_on_prompt:
+            return rendered
+        return Rendered(rendered.text, self._all_but_untrained(conversation, len(rendered.text)))
+
+    def is_empty(self, parsed: Conversation | Preference) -> bool:
+        """Whether nothing but words of the template would be trained."""
+        if isinstance(parsed, Preference):
+            return not any(map(says_something, parsed.chosen))
+        trained = parsed.answers(last_only=self.last_turn_only)
+        if self.train_on_prompt:
+            trained = [n for n in range(len(parsed.messages)) if n not in parsed.untrained]
+        return not any(says_something(parsed.messages[number]) for number in trained)
 
     def render_pair(self, preference: Preference) -> tuple[Rendered, Rendered]:
         """Chosen and rejected, each with the prompt in front; the answer is trained, whatever the options say.
@@ -108,31 +130,23 @@ class ChatTemplate:
         chosen, rejected = preference.conversations()
         return self._rendered(chosen, False), self._rendered(rejected, False)
 
+    @cached_property
+    def tool_use(self) -> ToolUse:
+        """Which parts of a conversation with tools appear in what the template renders, and how calls are spelled."""
+        return probed_tool_use(self.text)
+
     def takes_tools(self) -> bool:
         """Whether tools, tool calls and tool answers all appear in what the template renders."""
-        name, argument, value, answer, tool = (f"mflowprobe{word}" for word in ("call", "key", "value", "back", "tool"))
-        call = {"type": "function", "function": {"name": name, "arguments": {argument: value}}}
-        messages = [
-            {"role": "user", "content": USER},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": answer},
-            {"role": "assistant", "content": ASSISTANT},
-        ]
-        parameters = {"type": "object", "properties": {}}
-        tools = [{"type": "function", "function": {"name": tool, "description": tool, "parameters": parameters}}]
-        try:
-            text = self.text(messages, tools)
-        except ChatTemplateError:
-            return False
-        return all(word in text for word in (name, argument, value, answer, tool, ASSISTANT))
+        return self.tool_use.tools and self.tool_use.calls
 
     # --- by skeleton, where there is one ------------------------------------------------------------------------
 
     def _rendered(self, conversation: Conversation, last_only: bool) -> Rendered:
         if self._watched is not None and conversation.tools is None:
             messages = conversation.messages
-            key = (last_only, conversation.trained_from, *[m["role"] for m in messages if len(m) == 2])
-            if len(key) == len(messages) + 2:
+            rule = (last_only, conversation.trained_from, conversation.untrained)
+            key = (*rule, *[m["role"] for m in messages if len(m) == 2])
+            if len(key) == len(messages) + len(rule):
                 skeletons = self._skeletons.get(key, ())
                 for skeleton in skeletons:
                     if skeleton is not None and (filled := skeleton.filled(messages)):
@@ -143,7 +157,19 @@ class ChatTemplate:
                     right = skeleton is not None and skeleton.filled(messages) == rendered
                     self._skeletons.setdefault(key, []).append(skeleton if right else None)
                     return rendered
+        if any(message.get("tool_calls") for message in conversation.messages):
+            conversation = replace(conversation, messages=spelled(conversation.messages, self.tool_use))
         return self._by_jinja(self._program, conversation, last_only)
+
+    def _all_but_untrained(self, conversation: Conversation, length: int) -> list[Span]:
+        """The spans between the turns of which the row says that they are not trained."""
+        if not conversation.untrained:
+            return [(0, length)]
+        others = frozenset(range(len(conversation.messages))) - conversation.untrained
+        flipped = replace(conversation, trained_from=0, untrained=others)
+        spans = self._rendered(flipped, False).spans
+        edges = [0, *(edge for span in spans for edge in span), length]
+        return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
     def _skeleton(self, watched: Watched, conversation: Conversation, last_only: bool) -> Skeleton | None:
         """The skeleton of conversations like this one, or None if there is none."""
@@ -151,7 +177,7 @@ class ChatTemplate:
         trace = watched.start([message["content"] for message in messages])
         marked = [{"role": m["role"], "content": trace.mark(number)} for number, m in enumerate(messages)]
         try:
-            like = Conversation(marked, None, conversation.trained_from)
+            like = replace(conversation, messages=marked)
             return Skeleton.of(*self._by_jinja(watched.program, like, last_only), trace)
         except (Inspected, ChatTemplateError):
             return None
@@ -160,10 +186,7 @@ class ChatTemplate:
 
     def _by_jinja(self, program: Program, conversation: Conversation, last_only: bool) -> Rendered:
         messages, tools = conversation.messages, conversation.tools
-        first = conversation.trained_from
-        answers = [n for n, message in enumerate(messages) if n >= first and message["role"] == "assistant"]
-        if last_only:
-            answers = answers[-1:]
+        answers = conversation.answers(last_only=last_only)
         text = program.text(messages, tools)
         if not self.marks_generation:
             return Rendered(text, self._derived(program, text, messages, tools, answers))
@@ -173,7 +196,7 @@ class ChatTemplate:
                 f"chat template {self.name!r} has {{% generation %}} where its place in the text is unknown "
                 "(in a macro or a captured block); move it to the top level of the template"
             )
-        if last_only or first:
+        if last_only or conversation.trained_from or conversation.untrained:
             found = self._of_answers(program, found, text, messages, tools, answers)
         return Rendered(text, [(start, start + len(body)) for start, body in found if body])
 
@@ -190,8 +213,10 @@ class ChatTemplate:
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if len(turns) == len(found):
             return [block for number, block in zip(turns, found, strict=True) if number in answers]
-        prompt = program.text(messages[: answers[0]], tools, prompt=True) if answers and answers[0] else ""
-        if not answers or not text.startswith(prompt):
+        if not answers:
+            return []
+        prompt = program.text(messages[: answers[0]], tools, prompt=True) if answers[0] else ""
+        if turns[-len(answers) :] != answers or not text.startswith(prompt):
             raise ChatTemplateError(
                 f"chat template {self.name!r} writes {len(found)} generation blocks for {len(turns)} assistant turns, "
                 "so it cannot be told which belong to the answer; give each turn one block"
@@ -234,7 +259,7 @@ class ChatTemplate:
         start = len(before)
         if not self.generation_prompt:  # the template may write a header first that is no prompt for it
             located = self._by_sentinel(program, text, messages, tools, number)
-            if located is None and messages[number]["content"].strip():
+            if located is None and (messages[number]["content"] or "").strip():
                 return None
             if located is not None and text[start : located[0]].strip():
                 start = located[0]

@@ -14,7 +14,7 @@ from megatron_ext.data.formats.table import (
     require_format,
     wanted_columns,
 )
-from megatron_ext.data.formats.values import Conversation, Message, Parsed, Preference, RowError, Text
+from megatron_ext.data.formats.values import Conversation, Message, Parsed, Preference, RowError, Text, says_something
 
 __all__ = [
     "AUTO",
@@ -34,5 +34,6 @@ __all__ = [
     "parse_row",
     "require_columns",
     "require_format",
+    "says_something",
     "wanted_columns",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_ext.data.formats.fields import (
@@ -14,6 +14,8 @@ from megatron_ext.data.formats.fields import (
     text_in,
     tools_in,
     turns_in,
+    untrained_in,
+    with_system,
 )
 from megatron_ext.data.formats.values import Conversation, Message, RowError, Text
 
@@ -31,40 +33,37 @@ def parse_alpaca(row: Mapping[str, Any]) -> Conversation:
 
 
 def alpaca_prompt(row: Mapping[str, Any]) -> list[Message]:
-    """Everything before the answer; the input stands on a line of its own under the instruction."""
+    """Everything before the answer; the input stands on a line of its own under the instruction, if both are there."""
     messages = system_in(row)
     for number, pair in enumerate(as_list(row.get("history"), "history")):
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise RowError(f"history[{number}]", "is not a pair [question, answer] of texts")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     instruction, more = text_in(row, "instruction"), text_in(row, "input", optional=True)
-    messages.append({"role": "user", "content": f"{instruction}\n{more}" if more else instruction})
+    messages.append({"role": "user", "content": "\n".join(part for part in (instruction, more) if part)})
     return messages
 
 
 def parse_sharegpt(row: Mapping[str, Any]) -> Conversation:
     """``conversations`` of ``from`` and ``value``; ``system`` and ``tools`` may be there."""
-    messages = system_in(row)
-    for number, turn in enumerate(turns_in(row, "conversations")):
-        messages.append(sharegpt_message(turn, f"conversations[{number}]"))
-    return _answered(Conversation(messages, tools_in(row)), "conversations")
+    return _conversation(row, "conversations", sharegpt_message)
 
 
 def parse_messages(row: Mapping[str, Any]) -> Conversation:
-    """``messages`` (or ``conversations``) of ``role`` and ``content`` as OpenAI writes them; ``tools`` may be there."""
+    """``messages`` (or ``conversations``) of ``role`` and ``content`` as OpenAI has them; ``system``, ``tools`` too."""
     name = "conversations" if "messages" not in row and "conversations" in row else "messages"
-    messages = [openai_message(turn, f"{name}[{number}]") for number, turn in enumerate(turns_in(row, name))]
-    return _answered(Conversation(messages, tools_in(row)), name)
+    return _conversation(row, name, openai_message)
 
 
 def parse_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     """``prompt`` and ``completion``, texts or lists of turns; only the completion is trained."""
     prompt, completion = messages_in(row, "prompt", "user"), messages_in(row, "completion", "assistant")
-    conversation = Conversation([*system_in(row), *prompt, *completion], tools_in(row))
-    start = len(conversation.messages) - len(completion)
+    messages = with_system(row, [*prompt, *completion])
+    start = len(messages) - len(completion)
     if not any(message["role"] == "assistant" for message in completion):
         raise RowError("completion", "has no assistant turn, so there is nothing to train on")
-    return Conversation(conversation.messages, conversation.tools, start)
+    answers = row["completion"] if isinstance(row["completion"], list) else [row["completion"]]
+    return Conversation(messages, tools_in(row), start, untrained_in(answers, "completion", messages))
 
 
 def messages_in(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
@@ -77,7 +76,11 @@ def messages_in(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
     return [{"role": role, "content": text_in(row, name)}]
 
 
-def _answered(conversation: Conversation, name: str) -> Conversation:
-    if not any(message["role"] == "assistant" for message in conversation.messages):
+def _conversation(row: Mapping[str, Any], name: str, read: Callable[[Any, str], Message]) -> Conversation:
+    """The turns of a field and what stands beside it."""
+    turns = turns_in(row, name)
+    own = [read(turn, f"{name}[{number}]") for number, turn in enumerate(turns)]
+    if not any(message["role"] == "assistant" for message in own):
         raise RowError(name, "has no assistant turn, so there is nothing to train on")
-    return conversation
+    messages = with_system(row, own)
+    return Conversation(messages, tools_in(row), 0, untrained_in(turns, name, messages))

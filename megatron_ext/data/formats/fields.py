@@ -6,15 +6,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ext.data.formats.values import Message, RowError
+from megatron_ext.data.formats.values import REASONING, Message, RowError
 from megatron_ext.errors import unknown
 
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
     "function_call": "tool_calls", "observation": "tool", "tool": "tool",
 }  # fmt: skip
-REASONING = ("reasoning_content", "thinking", "reasoning")
-OPENAI_ROLES = ("system", "developer", "user", "assistant", "tool")
+OPENAI_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""``function`` is what ``tool`` was called before; see ``openai_message``."""
+TRAINS = ("weight", "train", "training")
+"""Of an answer, 0 or false: it is context, not trained. OpenAI's name, then axolotl's."""
 _KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list"}
 
 
@@ -64,6 +66,23 @@ def system_in(row: Mapping[str, Any]) -> list[Message]:
     return [{"role": "system", "content": system}] if system else []
 
 
+def with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages, behind what field ``system`` says unless one of them is a system message already."""
+    if any(message["role"] in ("system", "developer") for message in messages):
+        return messages
+    return [*system_in(row), *messages]
+
+
+def untrained_in(turns: list[Any], name: str, messages: list[Message]) -> frozenset[int]:
+    """Indices in ``messages`` of the answers that say of themselves, as ``turns`` of field ``name``, not to be trained.
+
+    The turns are the last of the messages.
+    """
+    shift = len(messages) - len(turns)
+    said = [number for number, turn in enumerate(turns) if not _trains(turn, f"{name}[{number}]")]
+    return frozenset(shift + number for number in said if messages[shift + number]["role"] == "assistant")
+
+
 def sharegpt_message(turn: Any, place: str) -> Message:
     """A turn of ``from`` and ``value``."""
     if not isinstance(turn, dict):
@@ -80,16 +99,24 @@ def sharegpt_message(turn: Any, place: str) -> Message:
 def openai_message(message: Any, place: str) -> Message:
     """A turn of ``role`` and ``content``; keys without a value are left out, others are kept for the template.
 
-    Reasoning gets the names that templates read, as transformers gives them.
+    Reasoning gets the names that templates read, as transformers gives them; OpenAI's older ``function_call`` and role
+    ``function`` become a tool call and its answer.
     """
     if not isinstance(message, dict):
         raise RowError(place, f"is {kind_in_words(message)}, not an object with role and content")
     role = message.get("role")
     if role not in OPENAI_ROLES:
         raise RowError(f"{place}.role", "holds an " + unknown("role", role, OPENAI_ROLES))
-    kept = {key: value for key, value in message.items() if value is not None}
-    if calls := kept.pop("tool_calls", None):
+    kept = {key: value for key, value in message.items() if value is not None and key not in TRAINS}
+    kept["role"] = "tool" if role == "function" else role
+    calls, call = kept.pop("tool_calls", None), kept.pop("function_call", None)
+    if calls and call:
+        raise RowError(f"{place}.function_call", "stands beside tool_calls; which of them is meant cannot be told")
+    if calls:
         kept["tool_calls"] = _openai_calls(calls, f"{place}.tool_calls")
+    elif call:
+        calls = [{"type": "function", "function": call}]
+        kept["tool_calls"] = _openai_calls(calls, f"{place}.function_call")
     kept["content"] = _content(message, place, optional=bool(calls))
     if len(kept) > 2 and (reasoning := next((kept[name] for name in REASONING if name in kept), None)) is not None:
         kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
@@ -104,19 +131,33 @@ def any_message(turn: Any, place: str) -> Message:
 
 
 def tools_in(row: Mapping[str, Any]) -> list[Any] | None:
-    """The row's tools in OpenAI's form, or None; the field holds a list or the JSON text of one."""
-    tools = row.get("tools")
+    """The row's tools in OpenAI's form, or None; the field holds a list or the JSON text of one.
+
+    The field is ``tools``, or ``functions`` as OpenAI called it before.
+    """
+    name = "tools" if row.get("tools") else "functions"
+    tools = row.get(name)
     if isinstance(tools, str):
         if not tools.strip():
             return None
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
-            raise RowError("tools", f"is not valid JSON ({error})") from None
-    tools = as_list(tools, "tools")
+            raise RowError(name, f"is not valid JSON ({error})") from None
+    tools = as_list(tools, name)
     if not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("tools", "holds something that is not an object")
+        raise RowError(name, "holds something that is not an object")
     return [t if "function" in t else {"type": "function", "function": t} for t in tools] or None
+
+
+def _trains(turn: Any, place: str) -> bool:
+    for name in TRAINS:
+        value = turn.get(name) if isinstance(turn, dict) else None
+        if value is not None and value not in (0, 1):
+            raise RowError(f"{place}.{name}", f"is {value!r:.40}; it can be 1 (trained) or 0 (not)")
+        if value is not None and not value:
+            return False
+    return True
 
 
 def _content(message: Mapping[str, Any], place: str, optional: bool) -> str:

@@ -17,7 +17,7 @@ from itertools import takewhile
 from typing import Any
 
 from megatron_ext.data.formats.chat import alpaca_prompt, messages_in
-from megatron_ext.data.formats.fields import any_message, system_in, tools_in, turns_in
+from megatron_ext.data.formats.fields import any_message, tools_in, turns_in, with_system
 from megatron_ext.data.formats.values import Message, Preference, RowError
 
 
@@ -31,8 +31,7 @@ def parse_preference(row: Mapping[str, Any]) -> Preference:
         prompt = given
     elif isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
         prompt, chosen, rejected = _split_texts(row["chosen"], row["rejected"])
-    if not any(message["role"] == "system" for message in prompt):
-        prompt = [*system_in(row), *prompt]
+    prompt = with_system(row, prompt)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer or answer[0]["role"] != "assistant":
             raise RowError(name, "does not go on with an assistant turn where the prompt ends")

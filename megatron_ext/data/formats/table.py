@@ -189,19 +189,19 @@ FORMATS: dict[str, Format] = {
         parse=parse_alpaca,
     ),
     "sharegpt": Format(
-        fields=("conversations", "system", "tools"),
+        fields=("conversations", "system", "tools", "functions"),
         shape="a list conversations of from and value",
         fits=_first_turn_has("from", "conversations"),
         parse=parse_sharegpt,
     ),
     "messages": Format(
-        fields=("messages", "conversations", "tools"),
+        fields=("messages", "conversations", "system", "tools", "functions"),
         shape="a list messages of role and content",
         fits=_first_turn_has("role", "messages", "conversations"),
         parse=parse_messages,
     ),
     "prompt_completion": Format(
-        fields=("prompt", "completion", "system", "tools"),
+        fields=("prompt", "completion", "system", "tools", "functions"),
         shape="prompt and completion, texts or lists of turns",
         fits=_has("prompt", "completion"),
         parse=parse_prompt_completion,
@@ -209,7 +209,7 @@ FORMATS: dict[str, Format] = {
     "preference": Format(
         fields=(
             *("chosen", "rejected", "prompt", "conversations", "messages"),
-            *("instruction", "input", "history", "system", "tools"),
+            *("instruction", "input", "history", "system", "tools", "functions"),
         ),
         shape="chosen and rejected (prompt, conversations or instruction may be there)",
         fits=_has("chosen", "rejected"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
 Message = dict[str, Any]
 """As chat templates take it: ``role``, ``content`` (text), and for tools ``tool_calls``."""
 
@@ -32,15 +33,27 @@ class Conversation:
         messages: turns in order; contents are as in the row.
         tools: tools in OpenAI's form, or None.
         trained_from: index of the first message whose assistant turns are trained; those before belong to the prompt.
+        untrained: indices of turns that are never trained, because the row says so.
     """
 
     messages: list[Message]
     tools: list[Any] | None = None
     trained_from: int = 0
+    untrained: frozenset[int] = frozenset()
+
+    def answers(self, *, last_only: bool) -> list[int]:
+        """Indices of the assistant turns that are trained; ``last_only`` leaves the last one, if it is."""
+        turns = range(self.trained_from, len(self.messages))
+        answers = [number for number in turns if self.messages[number]["role"] == "assistant"]
+        return [number for number in answers[-1 if last_only else 0 :] if number not in self.untrained]
+
+    @property
+    def calls_tools(self) -> bool:
+        return any(message["role"] == "tool" or message.get("tool_calls") for message in self.messages)
 
     @property
     def uses_tools(self) -> bool:
-        return bool(self.tools) or any(m["role"] == "tool" or m.get("tool_calls") for m in self.messages)
+        return bool(self.tools) or self.calls_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +80,17 @@ class Preference:
         )
 
     @property
+    def calls_tools(self) -> bool:
+        return any(conversation.calls_tools for conversation in self.conversations())
+
+    @property
     def uses_tools(self) -> bool:
-        return any(conversation.uses_tools for conversation in self.conversations())
+        return bool(self.tools) or self.calls_tools
+
+
+def says_something(message: Message) -> bool:
+    """Whether anything is in a message: a text, a tool call or reasoning."""
+    return any(message.get(name) for name in ("content", "tool_calls", *REASONING))
 
 
 Parsed = Text | Conversation | Preference
