@@ -37,7 +37,7 @@ def encode_places(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 class Router(TopKRouter):
-    """megatron-core's router; the losses are added when ``places`` are known, in training.
+    """megatron-core's router; in training it adds the losses, and must know the ``places``.
 
     Attributes:
         places: (T,) of ``encode_places``, set before each forward.
@@ -48,7 +48,7 @@ class Router(TopKRouter):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.seen = torch.zeros(self.num_experts + 2, dtype=torch.float64)
+        self.seen = torch.zeros(self.num_experts + 2)
 
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Leave the logits as they are: ``routing`` adds this loss, too."""
@@ -59,8 +59,10 @@ class Router(TopKRouter):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and choices of experts, both (T, E)."""
         probabilities, chosen = super().routing(logits)
-        if self.places is None or not (self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled()):
             return probabilities, chosen
+        if self.places is None:
+            raise RuntimeError(f"the router of layer {self.layer_number} trains, but was not told what its places hold")
         balance, z, load = self._losses(logits.flatten(0, 1), chosen, self.places)
         sums = torch.cat([load, balance.detach()[None], z.detach()[None]])
         self.seen = self.seen.to(load.device) + sums

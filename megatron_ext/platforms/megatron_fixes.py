@@ -28,6 +28,7 @@ def apply(platform: str) -> None:
     _restore_states_without_gradient()
     _write_in_this_process()
     _route_without_transformer_engine()
+    _give_the_padding_mask_to_every_layer()
     if platform == "cpu":
         _random_state_on_cpu()
         _dispatch_on_cpu()
@@ -119,6 +120,28 @@ def _route_without_transformer_engine() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _give_the_padding_mask_to_every_layer() -> None:
+    """Of full recomputation by block, the layers beyond the block are called without the padding mask. Recomputed ones
+    bring their own, in backward too, when another micro batch may have passed since.
+    """
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    original = TransformerBlock._checkpointed_forward
+
+    def forward(self: Any, *arguments: Any, padding_mask: Any = None, **named: Any) -> Any:
+        def give(layer: Any, given: tuple[Any, ...], by_name: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return given, by_name | ({"padding_mask": padding_mask} if by_name.get("padding_mask") is None else {})
+
+        hooks = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in self.layers]
+        try:
+            return original(self, *arguments, padding_mask=padding_mask, **named)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    TransformerBlock._checkpointed_forward = forward
 
 
 def _dispatch_on_cpu() -> None:

@@ -19,6 +19,7 @@ from megatron_ext.weights.manifest import MANIFEST, write_latest
 DP2 = {"nproc_per_node": 2}
 EP2 = {**DP2, "expert_model_parallel_size": 2}
 KEEP = {"save_interval": 2, "keep_every": 2}
+BALANCE = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1}
 TP2 = {**DP2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
@@ -26,7 +27,7 @@ TP2 = {**DP2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Mixtral whose window is shorter than its samples, and the training of one process."""
     folder = tmp_path_factory.mktemp("experts")
-    checkpoint = write_checkpoint(folder / "base", "mixtral", sliding_window=17, num_hidden_layers=2)
+    checkpoint = write_checkpoint(folder / "base", "mixtral", sliding_window=17)
     write_dataset(folder / "data", checkpoint, np.random.default_rng(1).integers(5, 70, 60).tolist())
     run(write_job(folder / "one", checkpoint, folder / "data"))
     return folder
@@ -69,6 +70,42 @@ def test_layouts_of_experts_equal_one_process(base: Path, name: str, runtime: di
     )
     torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
     assert [key for key in one if torch.equal(one[key], source[key])] == []
+
+
+@pytest.fixture(scope="module")
+def balanced(base: Path) -> Path:
+    """The training of one process with losses of the router that weigh something."""
+    run(write_job(base / "balanced", base / "base" / "checkpoint", base / "data", BALANCE))
+    return base
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"recompute_granularity": "selective"},
+        {"recompute_granularity": "full"},
+        {"recompute_granularity": "full", "recompute_method": "block"},
+        pytest.param(
+            {
+                "recompute_granularity": "full", "recompute_method": "block", "nproc_per_node": 2,
+                "pipeline_model_parallel_size": 2,
+            },
+            marks=[pytest.mark.distributed, pytest.mark.slow],
+        ),
+    ],
+    ids=["selective", "uniform", "block", "block-pp2"],
+)  # fmt: skip
+def test_recomputation_keeps_the_losses_of_the_router(
+    balanced: Path, way: dict, request: pytest.FixtureRequest
+) -> None:
+    """By block the second layer, which is not recomputed, hears of the places of each micro batch, too."""
+    out, tolerance = balanced / request.node.callspec.id, 1e-5 if "nproc_per_node" in way else 0
+    run(write_job(out, balanced / "base" / "checkpoint", balanced / "data", BALANCE, way))
+    for figure in ("loss", "grad_norm", "load_balancing_loss", "z_loss", "expert_load"):
+        assert column(out, figure) == pytest.approx(column(balanced / "balanced", figure), abs=tolerance), figure
+    one, other = exported(balanced, "balanced"), exported(balanced, out.name)
+    torch.testing.assert_close(other, one, rtol=0, atol=tolerance)
+    assert all(loss > 0.9 for loss in column(out, "load_balancing_loss"))
 
 
 @pytest.mark.slow
