@@ -128,6 +128,10 @@ def remarks(template: ChatTemplate, tokenizer: Any) -> list[str]:
         notes.append(f"{name} writes today's date into samples; a dataset made another day differs")
     if not template.probed:
         return notes
+    if template.drops_system:
+        notes.append(
+            f"{name} leaves out the system message of a conversation that ends with an answer; rows lose theirs"
+        )
     if not template.end_marker:
         notes.append(f"{name} writes no end marker after an answer; the model will not learn to stop")
         return notes
