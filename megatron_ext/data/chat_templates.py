@@ -102,8 +102,15 @@ def read_tokenizer_config(tokenizer_folder: Path) -> dict[str, Any]:
 
 
 def special_tokens(tokenizer_folder: Path) -> dict[str, str]:
-    """``bos_token``, ``eos_token``, … as text, as far as the tokenizer's files name them."""
+    """``bos_token``, ``eos_token``, … as text, as far as the tokenizer's files name them.
+
+    What they do not speak of is, in a folder with a sentencepiece model and no tokenizer.json, what the model says.
+
+    Raises:
+        SourceError: a file of the tokenizer is damaged.
+    """
     tokens: dict[str, str] = {}
+    named: set[str] = set()
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         values = _read_object(tokenizer_folder / name)
         for key in SPECIAL_TOKENS:
@@ -111,6 +118,12 @@ def special_tokens(tokenizer_folder: Path) -> dict[str, str]:
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
                 tokens[key] = value
+        named |= values.keys()
+    model = tokenizer_folder / "tokenizer.model"
+    if model.is_file() and not (tokenizer_folder / "tokenizer.json").is_file():
+        from megatron_ext.data.tokenizers import sentencepiece_tokens
+
+        tokens = {k: token for k, token in sentencepiece_tokens(model).items() if k not in named} | tokens
     return tokens
 
 

@@ -25,6 +25,8 @@ TEMPLATE_FAULTS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError
 )  # fmt: skip
 """What a template can raise on messages it was not written for."""
+NEEDED = {"bos_token": "starts a conversation with", "eos_token": "ends turns with"}
+"""Tokens without which a template would write something else than the model knows; and what it does with them."""
 COMPILE_FAULTS = (jinja2.TemplateError, SyntaxError, ValueError, ArithmeticError, RecursionError)
 """What a text that is no template can raise: Jinja compiles to Python, and computes what is constant."""
 
@@ -138,21 +140,33 @@ def compiled(source: TemplateSource, tokens: dict[str, str], now: datetime) -> P
     """The template, ready to render.
 
     Raises:
-        ChatTemplateError: it is not valid Jinja, or writes an ``eos_token`` that the tokenizer lacks.
+        ChatTemplateError: it is not valid Jinja, or writes a token of ``NEEDED`` that the tokenizer does not name.
     """
     environment = Sandbox(now)
     try:
-        names = meta.find_undeclared_variables(environment.parse(source.text))
+        tree = environment.parse(source.text)
+        names = meta.find_undeclared_variables(tree)
         program = Program(source.name, environment, source.text, tokens)
     except COMPILE_FAULTS as error:
         line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ChatTemplateError(f"chat template {source.name!r}{line} is not valid Jinja: {error}") from None
-    if "eos_token" in names and "eos_token" not in tokens:
-        raise ChatTemplateError(
-            f"chat template {source.name!r} ends turns with eos_token, but the tokenizer names none; "
-            "set eos_token in tokenizer_config.json or choose another template"
-        )
+    for token, what in NEEDED.items():
+        if token in names and token not in tokens and not _is_asked_for(tree, token):
+            raise ChatTemplateError(
+                f"chat template {source.name!r} {what} {token}, but the tokenizer names none; "
+                f"set {token} in tokenizer_config.json or choose another template"
+            )
     return program
+
+
+def _is_asked_for(tree: nodes.Template, name: str) -> bool:
+    """Whether the template itself sees to it that a variable may be missing."""
+    asking: list[nodes.Node] = [test.node for test in tree.find_all(nodes.Test)]
+    asking += [condition.test for condition in tree.find_all((nodes.If, nodes.CondExpr))]
+    asking += [part.node for part in tree.find_all(nodes.Filter) if part.name in ("default", "d") and part.node]
+    return any(
+        n.name == name for part in asking for n in [part, *part.find_all(nodes.Name)] if isinstance(n, nodes.Name)
+    )
 
 
 def _new_dict(*args: Any, **values: Any) -> dict[Any, Any]:

@@ -153,3 +153,18 @@ def require_sentencepiece(path: Path) -> Any:
     if model is None or not model.pieces:
         raise SourceError(f"{path} is not a sentencepiece model; download the model again")
     return model
+
+
+def sentencepiece_tokens(path: Path) -> dict[str, str]:
+    """``bos_token``, ``eos_token``, ``unk_token`` and ``pad_token`` of a sentencepiece model, as far as it has them.
+
+    Raises:
+        SourceError: the file is no such model.
+    """
+    model = require_sentencepiece(path)
+    spec, tokens = model.trainer_spec, {}
+    for name in ("bos", "eos", "unk", "pad"):
+        number, piece = getattr(spec, f"{name}_id"), getattr(spec, f"{name}_piece")
+        if 0 <= number < len(model.pieces) and model.pieces[number].piece == piece:  # -1 means none
+            tokens[f"{name}_token"] = piece
+    return tokens

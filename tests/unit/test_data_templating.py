@@ -1,5 +1,7 @@
 """Templates that are none, that refuse a conversation or that reach for what is not theirs: told, in one line."""
 
+import json
+
 import pytest
 from chat_data import chat
 
@@ -59,3 +61,47 @@ def test_a_template_cannot_reach_out_of_its_sandbox():
 def test_a_missing_eos_token_is_refused_before_anything_is_rendered():
     with pytest.raises(ChatTemplateError, match=r"set eos_token in tokenizer_config\.json"):
         template("{{ messages[0].content + eos_token }}", {})
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral-instruct-v1", "mistral-instruct-v2", "mistral-instruct-v3"])
+def test_a_missing_bos_token_is_refused_where_the_template_writes_it(name):
+    text = named_templates()[name].read_text()
+    with pytest.raises(ChatTemplateError, match=r"bos_token, but .*; set bos_token in tokenizer_config\.json"):
+        template(text, {"eos_token": "</s>"}, name)
+    template(named_templates()["chatml"].read_text(), {})
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "{{ bos_token if bos_token is defined }}",
+        "{% if bos_token %}{{ bos_token }}{% endif %}",
+        "{{ bos_token | default('') }}",
+    ],
+)
+def test_a_template_that_asks_whether_there_is_a_bos_token_does_without(start):
+    assert template(start + "{{ messages[0].content }}", {}).text(chat("a", "b")) == "a"
+
+
+@pytest.mark.parametrize("name", ["mistral-instruct-v2", "mistral-instruct-v3"])
+@pytest.mark.parametrize(
+    ("result", "written"),
+    [
+        ('{"found": 3}', '{"found": 3}'),
+        ("[1, 2]\n", "[1, 2]\n"),
+        ("42", "42"),
+        ("-1.5", "-1.5"),
+        ("true", "true"),
+        ('sunny, 20 "C"', r'"sunny, 20 \"C\""'),
+        ("007", '"007"'),
+        ("room 5", '"room 5"'),
+        ("{open", '"{open"'),
+        ("", '""'),
+    ],
+)
+def test_a_tool_result_of_mistral_is_json(name, result, written):
+    messages = [*chat("q", "a"), {"role": "tool", "content": result}]
+    text = template(named_templates()[name].read_text(), name=name).text(messages)
+    said = text.partition("[TOOL_RESULTS]")[2].partition("[/TOOL_RESULTS]")[0]
+    assert f'"content": {written}}}' in said
+    json.loads(said)

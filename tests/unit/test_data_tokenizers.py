@@ -11,10 +11,13 @@ import pytest
 from chat_data import write_chat_tokenizer
 from sentencepiece_data import TEXT, write_sentencepiece
 
+from megatron_ext.data.chat_templates import find_template, special_tokens
 from megatron_ext.data.encoding import encode, to_arrays
-from megatron_ext.data.rendering import Rendered
-from megatron_ext.data.tokenizers import load_tokenizer, require_vocabulary, tokenizer_file
+from megatron_ext.data.idxmap import Idxmap
+from megatron_ext.data.rendering import ChatTemplate, Rendered
+from megatron_ext.data.tokenizers import load_tokenizer, require_sentencepiece, require_vocabulary, tokenizer_file
 from megatron_ext.errors import SourceError, VocabularyError
+from megatron_ext.events import Events
 
 STRINGS = [
     *TEXT[:4],
@@ -152,3 +155,34 @@ def test_a_slow_tokenizer_with_ids_beyond_the_model_is_refused(tmp_path: Path) -
     (folder / "config.json").write_text('{"vocab_size": 340}')
     with pytest.raises(VocabularyError, match="'<pad>' with id 340"):
         require_vocabulary(load_tokenizer(folder, slow=True), folder)
+
+
+def test_a_bare_sentencepiece_model_names_its_special_tokens(tmp_path: Path) -> None:
+    folder = write_sentencepiece(tmp_path / "bare")
+    assert special_tokens(folder) == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    template = ChatTemplate(find_template("llama2", folder), special_tokens(folder))
+    assert template.text([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]).endswith("a </s>")
+
+    model = require_sentencepiece(folder / "tokenizer.model")
+    model.trainer_spec.eos_id = -1
+    model.trainer_spec.bos_piece = "<no such piece>"
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    assert special_tokens(folder) == {"unk_token": "<unk>"}
+
+
+def test_what_the_files_say_of_special_tokens_counts_more_than_the_sentencepiece_model(tmp_path: Path) -> None:
+    folder = write_sentencepiece(tmp_path / "hf", legacy=True)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "▁is", "bos_token": null}', encoding="utf-8")
+    assert special_tokens(folder) == {"eos_token": "▁is", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_documents_of_a_bare_sentencepiece_model_end_with_its_eos_token(tmp_path: Path, slow: bool) -> None:
+    from megatron_ext.data.tokenization import tokenize
+
+    folder, out = write_sentencepiece(tmp_path / "bare"), tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "a.jsonl").write_text('{"text": "hello there"}\n')
+    tokenize([tmp_path / "a.jsonl"], folder, out, events=Events(), append_eod=True, slow_tokenizer=slow)
+    eos = load_tokenizer(folder, slow=slow).token_to_id("</s>")
+    assert Idxmap(out / "tokens")[0].tolist()[-1] == eos
