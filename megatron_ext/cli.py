@@ -151,7 +151,8 @@ def train(
     values = validated(TrainJobConfig, with_overrides(read_yaml(config), set or []), str(config))
     out = values.out.absolute()
     _require_training_folder(out)
-    given = {"checkpoint": values.model.checkpoint, **dict(values.data)}
+    checkpoint = values.model.checkpoint
+    given = {"checkpoint": checkpoint, "state": None if values.model.finetune else checkpoint, **dict(values.data)}
     job = Job(
         job="train",
         config=values.train.model_dump(),

@@ -334,7 +334,8 @@ class RuntimeConfig(Section):
         default=None, ge=1, description="Steps: a checkpoint whose step is a multiple stays for good; empty keeps none."
     )
     keep_final_state: bool = Field(
-        default=False, description="Keep the optimizer's state of the last step, too, in full_state/."
+        default=False,
+        description="Keep the optimizer's state of the last step, too, in full_state/; model.finetune false goes on.",
     )
     hang_timeout: int = Field(
         default=1800,
@@ -353,7 +354,14 @@ class RuntimeConfig(Section):
 class TrainingInputs(Section):
     """`model` section of `mflow train CONFIG.yaml`."""
 
-    checkpoint: Path = Field(description="Folder that `mflow convert` or `mflow train` wrote.")
+    checkpoint: Path = Field(
+        description="Folder that `mflow convert` or `mflow train` wrote, or one iteration in it: DIR/iter_0000500."
+    )
+    finetune: bool = Field(
+        default=True,
+        description="Start at step 0 from the weights alone, as Megatron's --finetune; false goes on with the "
+        "optimizer, schedule and step of a resumable checkpoint, too: to train longer than was planned.",
+    )
 
 
 class DatasetInputs(Section):

@@ -124,7 +124,11 @@ class WorkerFailedError(MegatronFlowsError):
 
 
 class JobInterrupted(MegatronFlowsError):
-    """The job was asked to stop and saved what it had."""
+    """The job was asked to stop and saved what it had, until ``step``."""
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def unknown(kind: str, value: object, available: Iterable[str], remedy: str = "") -> str:

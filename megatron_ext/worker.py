@@ -8,6 +8,7 @@ torchrun. Exit code 0: done, or stopped on request after an ``interrupted`` even
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -82,14 +83,24 @@ def start_torchrun(job_file: Path, job: Job) -> int:
     agent = ["--standalone", f"--nproc-per-node={job.runtime.nproc_per_node}", "--max-restarts=0"]
     agent += [f"--shutdown-timeout={job.runtime.grace_seconds}"]
     own_children()
+    before = job.events.stat().st_size if job.events and job.events.exists() else 0
     try:
         torchrun([*agent, "-m", "megatron_ext.worker", str(job_file)])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as error:
-        return 128 + int(error.sigval)
+    except SignalException as error:  # passed on to the ranks, which have ended since
+        return 0 if _told(job.events, before) & {"interrupted", "result"} else 128 + int(error.sigval)
     return 0
+
+
+def _told(events: Path | None, start: int) -> set[str]:
+    """Names of the events that were written behind byte ``start``."""
+    if events is None or not events.exists():
+        return set()
+    with events.open("rb") as file:
+        file.seek(start)
+        return {json.loads(line)["event"] for line in file if line.endswith(b"\n")}
 
 
 def main() -> int:

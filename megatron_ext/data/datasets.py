@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Pool:
-    """Documents ``[first, last)`` of a dataset that come from one input of a blend, and the input's weight."""
+    """Documents ``[first, last)`` of a dataset that come from one input of a blend, the input's weight and name."""
 
     first: int
     last: int
     weight: float
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,16 @@ class Dataset:
         Raises:
             SourceError: the manifest's files do not add up to the documents.
         """
+        if all(file.get("weight", 1.0) == 1.0 for file in self.facts.get("files", [])):
+            return (Pool(0, len(self.tokens[0]), 1.0),)
+        return self.inputs
+
+    @property
+    def inputs(self) -> tuple[Pool, ...]:
+        """Its documents by the inputs that they come from, whatever their weights. Raises as ``pools``."""
         count, files = len(self.tokens[0]), self.facts.get("files", [])
-        if all(file.get("weight", 1.0) == 1.0 for file in files):
-            return (Pool(0, count, 1.0),)
+        if not files:
+            return (Pool(0, count, 1.0, self.place.name),)
         pools: list[Pool] = []
         inputs: list[Any] = []
         at = 0
@@ -112,9 +120,10 @@ class Dataset:
             given = file.get("entry")
             given = file.get("input") or file["name"] if given is None else given
             if inputs and inputs[-1] == given:
-                pools[-1] = Pool(pools[-1].first, at, pools[-1].weight)
+                pools[-1] = replace(pools[-1], last=at)
             else:
-                pools.append(Pool(first, at, float(file["weight"])))
+                name = file.get("input") or file["name"]
+                pools.append(Pool(first, at, float(file.get("weight", 1.0)), name))
                 inputs.append(given)
         if at != count:
             raise SourceError(f"{self.place}: its files hold {at} documents, but there are {count}; make it again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +17,16 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_ext.errors import CheckpointError, ParallelismError
+from megatron_ext.errors import CheckpointError, ConfigError, ParallelismError
 from megatron_ext.weights.manifest import LATEST, latest_folder
+
+if TYPE_CHECKING:
+    from megatron_ext.training.setup import Setup
 
 BESIDE_WEIGHTS = ("optimizer.", "chained_", "random")
 """Beginnings of the keys of a resumable checkpoint that are no weights."""
+ASKED = ("max_lr", "min_lr", "betas", "eps")
+"""Settings of the optimizer that are this training's, whatever the checkpoint's was asked for."""
 LARGE = 1_000_000_000
 """Parameters of a model whose optimizer state is saved as it is sharded, without gathering it: it then resumes under
 another number of data-parallel ranks, but not under other tensor- and pipeline-parallel sizes."""
@@ -37,6 +42,7 @@ class TrainingState:
     scheduler: Any
     parameters: int  # of the whole model
     step: int = 0
+    validated: int = 0  # the step after which the validation loss was last computed
 
     def gather(self) -> None:
         """Have every weight up to date, where gathering them is left to the coming forward pass."""
@@ -49,6 +55,7 @@ class TrainingState:
         return {
             "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
             "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "context_parallel_size": parallel_state.get_context_parallel_world_size(),
             "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
             "virtual_pipeline_model_parallel_size": len(self.chunks),
             "use_distributed_optimizer": isinstance(_first(self.optimizer), DistributedOptimizer),
@@ -93,20 +100,39 @@ def full_state(state: TrainingState) -> dict[str, Any]:
         "random": _random_states(),
         "scheduler": state.scheduler.state_dict(),
         "step": state.step,
+        "validated": state.validated,
         "layout": state.layout(),
     }
 
 
-def resume(out: Path, state: TrainingState) -> bool:
-    """Continue from the newest full state in ``out``, if there is one.
+def resume(setup: Setup, state: TrainingState) -> bool:
+    """Continue from the newest full state in ``setup.out``, or else from that of ``setup.continued``.
 
     Raises:
         ParallelismError: the state cannot be read under this layout; says which sizes it needs.
+        CheckpointError: the checkpoint to be continued holds weights alone.
+        ConfigError: it was trained as long already.
     """
-    if not (out / LATEST).exists():
-        return False
-    folder = latest_folder(out)
+    if (setup.out / LATEST).exists():
+        _load(latest_folder(setup.out), state)
+    elif setup.continued:
+        folder = latest_folder(setup.continued)
+        _load(folder, state)
+        if state.step >= setup.plan.iterations:
+            raise ConfigError(
+                f"{folder} was trained for {state.step} steps already, and this training has {setup.plan.iterations}; "
+                "raise train.train_iters, or start anew with model.finetune true"
+            )
+    return state.step > 0
+
+
+def _load(folder: Path, state: TrainingState) -> None:
     common = dist_checkpointing.load_common_state_dict(str(folder))
+    if "optimizer_format" not in common:
+        raise CheckpointError(
+            f"{folder} holds weights alone; model.finetune false needs a resumable checkpoint: full_state/ of a "
+            "training with runtime.keep_final_state, or one that runtime.keep_every kept"
+        )
     _check_resumable(folder, common, state.layout())
     same_layout = common["layout"] == state.layout()
     weights = _weights(state.chunks)
@@ -120,12 +146,15 @@ def resume(out: Path, state: TrainingState) -> bool:
         wanted["random"] = _random_states()
     loaded = dist_checkpointing.load(wanted, str(folder))
     _fill(state.chunks, loaded["model"], folder)
+    asked = [{name: group[name] for name in ASKED if name in group} for group in state.optimizer.param_groups]
     state.optimizer.load_state_dict(loaded["optimizer"])
+    for group, settings in zip(state.optimizer.param_groups, asked, strict=True):
+        group.update(settings)
+    state.scheduler.override_opt_param_scheduler = True  # as this training asks for, which may be longer
     state.scheduler.load_state_dict(loaded["scheduler"])
-    state.step = loaded["step"]
+    state.step, state.validated = loaded["step"], loaded.get("validated", loaded["step"])
     if same_layout:
         _set_random_states(loaded["random"])
-    return True
 
 
 def final_weights(state: TrainingState, base: Path) -> dict[str, Any]:

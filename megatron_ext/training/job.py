@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_ext.errors import DatasetFormatError
+from megatron_ext.errors import DatasetFormatError, JobInterrupted
 from megatron_ext.events import Events
 from megatron_ext.guard import STOP
 from megatron_ext.training.setup import prepare, read_base
 from megatron_ext.training.state import threads_of_process
+from megatron_ext.training.watch import HEART
 
 if TYPE_CHECKING:
     from megatron_ext.worker import Job
@@ -36,7 +37,11 @@ def run(job: Job, events: Events) -> dict[str, Any]:
     with parallel_state(setup.runtime, setup.train, setup.state.num_threads) as platform:
         from megatron_ext.training.loop import train  # megatron-core, on a platform that is ready for it
 
-        return train(setup, platform, events)
+        try:
+            return train(setup, platform, events)
+        except JobInterrupted as stopped:
+            events.emit("interrupted", step=stopped.step)
+            raise
 
 
 def run_reference(job: Job, events: Events) -> dict[str, Any]:
@@ -60,4 +65,5 @@ def run_reference(job: Job, events: Events) -> dict[str, Any]:
         from megatron_ext.training.reference import compute
 
         announce(events, platform, threads)
-        return compute(base, Passes(base, platform), job.out, events)
+        with HEART.watching(base.runtime.hang_timeout):
+            return compute(base, Passes(base, platform), job.out, events)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.errors import ParallelismError
 from megatron_ext.families.base import Architecture
@@ -88,6 +90,10 @@ def _check_context_parallel(architecture: Architecture, train: TrainConfig, runt
         raise ParallelismError(
             f"{name} is not built for a model with a sliding window (of {architecture.window_size} tokens); set it to 1"
         )
+    if train.attention_dropout:
+        raise ParallelismError(
+            f"{name} is not built for train.attention_dropout {train.attention_dropout}; set it to 0, or the other to 1"
+        )
     if train.loss_normalization == "sequence":
         raise ParallelismError(f"{name} is not built for train.loss_normalization sequence; set one of them back")
     shares = 2 * cp * (runtime.tensor_model_parallel_size if runtime.sequence_parallel else 1)
@@ -108,6 +114,12 @@ def check_kind(kind: str, train: TrainConfig, runtime: RuntimeConfig) -> None:
     if cp > 1 and (kind == "preference" or (kind == "chat" and train.packing)):
         remedy = "set it to 1" if kind == "preference" else "set train.packing to false, or it to 1"
         raise ParallelismError(f"runtime.context_parallel_size {cp} is not built for packed sequences; {remedy}")
+    tp, length = runtime.tensor_model_parallel_size, train.seq_length
+    if runtime.sequence_parallel and length % tp and (kind == "text" or runtime.virtual_pipeline_model_parallel_size):
+        raise ParallelismError(
+            f"runtime.sequence_parallel shares sequences out over tensor_model_parallel_size {tp}, which does not divide "
+            f"train.seq_length {length}; take {length // tp * tp or tp}, or set sequence_parallel to false"
+        )
 
 
 def _check_virtual_pipeline(
@@ -174,6 +186,16 @@ def parameters(architecture: Architecture) -> int:
     return a.num_layers * (attention + mlp + bias) + embeddings + a.hidden_size
 
 
-def disk_needed(architecture: Architecture) -> int:
-    """Bytes that a training writes at most at one time: two resumable checkpoints and the final weights."""
-    return (2 * BYTES_A_PARAMETER + 4) * parameters(architecture)
+def disk_needed(architecture: Architecture, runtime: RuntimeConfig | None = None, iterations: int | None = None) -> int:
+    """Bytes that a training holds at most at one time: resumable checkpoints and the final weights.
+
+    ``keep_last`` and the one being written, those of ``keep_every`` where ``iterations`` is known, the full state.
+    """
+    runtime = runtime or RuntimeConfig()
+    whole = runtime.keep_last + 1
+    if iterations is not None:
+        whole = min(whole, max(1, (iterations - 1) // runtime.save_interval) + 1)
+        if runtime.keep_every:
+            whole += iterations // math.lcm(runtime.keep_every, runtime.save_interval)
+    whole += runtime.keep_final_state
+    return (whole * BYTES_A_PARAMETER + 4) * parameters(architecture)

@@ -3,11 +3,12 @@
 A record: step (counted from 1), loss (mean over trained tokens), lr, grad_norm, tokens (computed, without padding),
 trained_tokens, tokens_per_second, tokens_per_second_per_device, step_time (seconds), flops (model FLOP a second),
 mfu (share of the devices' peak, where it is known), memory (bytes, peak of rank 0), padding (share of
-global_batch_size x seq_length that holds no token), consumed_tokens (since step 1), sample_ids; in fp16 loss_scale and
-skipped (1 if the step overflowed and changed nothing); of a mixture of experts load_balancing_loss and z_loss (means
-over layers, without their weights; a load-balancing loss of 1 is perfect balance) and expert_load (choices of the
-busiest expert beside the mean, in the layer where that is largest). validation.jsonl holds step, loss and the
-objective's metrics.
+global_batch_size x seq_length that holds no token), consumed_tokens and samples (since step 1, the latter by the
+dataset's inputs), sample_ids; in fp16 loss_scale and
+skipped (1 if the step overflowed and changed nothing: it has no grad_norm); of a mixture of experts load_balancing_loss
+and z_loss (means over layers, without their weights; a load-balancing loss of 1 is perfect balance) and expert_load
+(choices of the busiest expert beside the mean, in the layer where that is largest). validation.jsonl holds step, loss
+and the objective's metrics.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ import torch.distributed as dist
 from megatron_ext.events import Events
 from megatron_ext.platforms.base import Platform
 from megatron_ext.training.flops import training_flops
+from megatron_ext.training.plan import Plan
 from megatron_ext.training.setup import Setup
 from megatron_ext.training.watch import Spikes, shown
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
-NO_CURVE = {"step", "sample_ids"}
+NO_CURVE = {"step", "samples"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class StepResult:
     loss: float
     trained_tokens: int
     lr: float
-    grad_norm: float
+    grad_norm: float | None  # None: fp16 skipped the step
     extra: dict[str, float] = field(default_factory=dict)
     """Further values of this objective or precision, by name."""
 
@@ -52,6 +54,7 @@ class Diary:
     platform: Platform
     events: Events
     consumed: int = 0
+    drawn: dict[str, int] = field(default_factory=dict)
     _tokens: int = 0
     _seconds: float = 0.0
     _flops: float = 0.0
@@ -60,19 +63,24 @@ class Diary:
     _last: dict[str, Any] = field(default_factory=dict)
     _validation: dict[str, float] = field(default_factory=dict)
 
-    def open(self, step: int) -> None:
-        """Go on after ``step``: records of steps that will be done again are dropped."""
+    def open(self, step: int, validated: int) -> None:
+        """Go on after ``step``, and ``validated`` as the last one that was: records of others are dropped."""
         self._first = dist.get_rank() == 0
         self._started = time.perf_counter()
         self._spikes = [Spikes("loss"), Spikes("grad_norm")]
         if not self._first:
             return
         kept = _cut(self.setup.out / METRICS, step)
-        _cut(self.setup.out / VALIDATION, step)
+        if looked := _cut(self.setup.out / VALIDATION, validated):
+            self._validation = {name: value for name, value in json.loads(looked[-1]).items() if name != "step"}
         self._file = (self.setup.out / METRICS).open("a", encoding="utf-8")
         self._last = json.loads(kept[-1]) if kept else {}
         recorded, self.consumed = self._last.get("step", 0), self._last.get("consumed_tokens", 0)
-        self.consumed += sum(self.step_tokens(s) for s in range(recorded, step))
+        self._inputs = inputs_of(self.setup)
+        self.drawn = {name: 0 for name in self._inputs[0]} | self._last.get("samples", {})
+        for done in range(recorded, step):
+            self._draw(done)
+            self.consumed += self.step_tokens(done)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self.setup.out / "tensorboard"), purge_step=step + 1)
@@ -87,6 +95,13 @@ class Diary:
         """Tokens that step ``step`` (from 0) computes."""
         return int(self.step_lengths(step).sum())
 
+    def _draw(self, step: int) -> None:
+        """Count the samples of step ``step`` (from 0) for the inputs that they come from."""
+        names, starts = self._inputs
+        which = np.searchsorted(starts, first_documents(self.setup.plan, step), side="right") - 1
+        for name, count in zip(names, np.bincount(which, minlength=len(names)).tolist(), strict=True):
+            self.drawn[name] += count
+
     def start_step(self) -> None:
         self._began = time.perf_counter()
 
@@ -100,8 +115,9 @@ class Diary:
         self._all_tokens, self._all_seconds = self._all_tokens + tokens, self._all_seconds + seconds
         if not self._first:
             return
+        self._draw(step - 1)
         for spikes, value in zip(self._spikes, (result.loss, result.grad_norm), strict=True):
-            if sentence := spikes.look(step, value):
+            if result.grad_norm is not None and (sentence := spikes.look(step, value)):
                 self.events.note(f"{sentence}; its samples: {shown(self.setup.plan.sample_ids(step - 1))}")
         if step % self.setup.runtime.log_interval == 0 or step in (1, self.setup.plan.iterations):
             self._record(step, result, seconds, tokens)
@@ -113,11 +129,12 @@ class Diary:
             "step": step,
             "loss": result.loss,
             "lr": result.lr,
-            "grad_norm": result.grad_norm,
+            **({} if result.grad_norm is None else {"grad_norm": result.grad_norm}),
             **result.extra,
             "tokens": tokens,
             "trained_tokens": result.trained_tokens,
             "consumed_tokens": self.consumed,
+            "samples": dict(self.drawn),
             "tokens_per_second": round(speed, 1),
             "tokens_per_second_per_device": round(speed / devices, 1),
             "step_time": round(seconds, 4),
@@ -132,7 +149,9 @@ class Diary:
         for name, value in self._last.items():
             if name not in NO_CURVE:
                 self._board.add_scalar(f"train/{name}", value, step)
-        self.events.emit("metrics", **self._last)
+        for name, count in self.drawn.items():
+            self._board.add_scalar(f"samples/{name}", count, step)
+        self.events.emit("metrics", **{name: value for name, value in self._last.items() if name != "samples"})
         self.events.emit(
             "progress", done=step, total=self.setup.plan.iterations, unit="steps", tokens_per_second=round(speed, 1)
         )
@@ -159,10 +178,23 @@ class Diary:
             "loss": self._last.get("loss"),
             **{f"validation_{name}": value for name, value in self._validation.items()},
             "consumed_tokens": self.consumed,
+            "samples_drawn": self.drawn,
             "tokens_per_second": round(speed, 1),
             "tokens_per_second_per_device": round(speed / dist.get_world_size(), 1),
             "seconds": round(time.perf_counter() - self._started, 2),
         }
+
+
+def inputs_of(setup: Setup) -> tuple[list[str], np.ndarray]:
+    """Names of the dataset's inputs, and the number of each one's first document."""
+    pools = setup.dataset.inputs
+    return [pool.name for pool in pools], np.asarray([pool.first for pool in pools])
+
+
+def first_documents(plan: Plan, step: int) -> np.ndarray:
+    """(n,) document of each sample of step ``step`` (from 0); of text, the one in which its window begins."""
+    samples = plan.sample_ids(step)
+    return np.asarray(samples if plan.stream is None else [plan.stream.pieces(window)[0][0] for window in samples])
 
 
 def _cut(path: Path, step: int) -> list[str]:

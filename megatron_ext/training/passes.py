@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
+from megatron_ext.errors import JobInterrupted
+from megatron_ext.guard import STOP
 from megatron_ext.model.provider import build_chunks
 from megatron_ext.model.routing import watched_routers
 from megatron_ext.platforms.base import Platform
@@ -20,6 +23,7 @@ from megatron_ext.training.losses import forward_step
 from megatron_ext.training.parallel import row_multiple
 from megatron_ext.training.plan import Plan
 from megatron_ext.training.setup import Base
+from megatron_ext.training.watch import HEART
 
 
 class Passes:
@@ -94,15 +98,43 @@ class Passes:
     def sweep(
         self, loss: Callable[[Batch, torch.Tensor], Any], plan: Plan, dataset: Any
     ) -> Iterator[list[dict[str, Any]]]:
-        """Run forward over every sequence of ``plan`` once, without dropout; yields what ``loss`` said."""
+        """Run forward over every sequence of ``plan`` once, without dropout; yields what ``loss`` said.
+
+        Raises:
+            JobInterrupted: a rank was asked to stop; on all of them.
+        """
         batches, count = self.batches_of(plan, dataset), parallel_state.get_pipeline_model_parallel_world_size()
+        with self._looking():
+            for call in batches.sweep(count):
+                HEART.beat()
+                if self.summed([], (), STOP.asked)[0]:
+                    raise JobInterrupted("stopped in the middle of a pass")
+                shared = list(call)
+                yield self.run(loss, batches, lambda shared=shared: iter(shared), count, forward_only=True)
+
+    def loss_of(self, loss: Any, batches: Batches, step: int) -> float:
+        """The mean loss of ``step`` (from 0) as the weights are now, without dropout."""
+        with self._looking():
+            outputs = self.run(loss, batches, lambda: batches.step(step), batches.count, forward_only=True)
+            total, count = self.summed(outputs, ("loss", "count"))
+        return total / count
+
+    def broken_weights(self) -> int:
+        """How many of the weights' tensors, over all ranks, hold a value that is not finite."""
+        weights = [p for chunk in self.chunks for p in chunk.parameters()]
+        broken = sum((~torch.isfinite(p.detach()).all()).to(torch.float32) for p in weights)
+        found = torch.as_tensor(broken, dtype=torch.float32, device=torch.cuda.current_device()).clone()
+        dist.all_reduce(found)
+        return int(found)
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Without gradients and dropout."""
         for model in self.models:
             model.eval()
         try:
             with torch.no_grad():
-                for call in batches.sweep(count):
-                    shared = list(call)
-                    yield self.run(loss, batches, lambda shared=shared: iter(shared), count, forward_only=True)
+                yield
         finally:
             for model in self.models:
                 model.train()

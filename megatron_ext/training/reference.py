@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_ext.errors import CheckpointError
 from megatron_ext.events import Events
+from megatron_ext.folders import fsync_tree
 from megatron_ext.training.batches import Batch
 from megatron_ext.training.losses import sequence_log_probabilities
 from megatron_ext.training.plan import REFERENCE_DECIDES, validation_plan
@@ -84,6 +85,7 @@ def compute(base: Base, passes: Passes, folder: Path, events: Events) -> dict[st
     pairs = int((times > 0).sum())
     if dist.get_rank() == 0:
         np.save(folder / LOGPS, logps)
+        fsync_tree(folder)  # before the manifest says that they are whole
         facts = {"format": "megatron-flows/reference", "version": 1, "digest": reference_digest(base), "pairs": pairs}
         draft = folder / f".{MANIFEST}"
         draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

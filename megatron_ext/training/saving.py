@@ -22,18 +22,20 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_ext.config import RuntimeConfig
 from megatron_ext.events import Events
 from megatron_ext.folders import fsync_tree, recover_folder, replace_folder
-from megatron_ext.weights.manifest import LATEST, iteration_folder, latest_folder, write_latest
+from megatron_ext.weights.manifest import LATEST, MANIFEST, iteration_folder, latest_folder, write_latest
 
 
 class Saver:
     """The checkpoints of one training folder. Every rank calls every method, in the same order."""
 
-    def __init__(self, out: Path, runtime: RuntimeConfig) -> None:
-        self._out, self._runtime = out, runtime
+    def __init__(self, out: Path, runtime: RuntimeConfig, describe: Callable[[Path, int], None]) -> None:
+        """``describe`` writes the manifest of a folder and a step; it runs on rank 0, before the pointer moves."""
+        self._out, self._runtime, self._describe = out, runtime, describe
         self._pending: Background | None = None
         self._first = dist.get_rank() == 0
+        self._unproven: Path | None = None
 
-    def clear_partials(self) -> None:
+    def recover(self) -> None:
         """Put back or remove what a killed save left."""
         if not self._first:
             return
@@ -42,12 +44,12 @@ class Saver:
         for partial in self._out.glob(".iter_*.partial"):
             shutil.rmtree(partial)
         if (self._out / LATEST).exists():
-            self._remove_old(latest_folder(self._out))
+            self._unproven = latest_folder(self._out)
 
     def beside(self, folder: Path) -> Saver:
         """A saver of ``folder``, made if it is not there."""
         folder.mkdir(exist_ok=True)
-        return Saver(folder, self._runtime)
+        return Saver(folder, self._runtime, self._describe)
 
     @property
     def writing(self) -> bool:
@@ -80,11 +82,33 @@ class Saver:
         events.emit("checkpoint", step=pending.step)
 
     def save_final(self, step: int, content: dict[str, Any], describe: Callable[[], None]) -> None:
-        """Write the last checkpoint; ``describe`` runs on rank 0 before the pointer moves (it writes the manifest)."""
+        """Write the last checkpoint, with a manifest of its own; those before it go, but for ``keep_every``'s."""
         self.finish(Events())
         partial = self._open(step)
         dist_checkpointing.save(content, str(partial), _strategy())
-        self._publish(step, partial, describe, last=True)
+        self._publish(step, partial, describe)
+        if self._first:
+            self._remove_old(iteration_folder(self._out, step), 0)
+
+    def confirm(self) -> None:
+        """A step from the newest checkpoint was sound: those that it replaces are removed."""
+        newest, self._unproven = self._unproven, None
+        if newest is not None:
+            self._remove_old(newest, self._runtime.keep_last - 1)
+
+    def distrust(self, step: int, events: Events) -> None:
+        """A step was not sound: if it was the one after the newest checkpoint, the pointer goes back to that before."""
+        self.finish(events)
+        newest = self._unproven
+        if newest is not None and newest == iteration_folder(self._out, step - 1):
+            before = [folder for folder in sorted(self._out.glob("iter_*")) if folder < newest]
+            if before:
+                self._describe(self._out, _step_of(before[-1]))
+                write_latest(self._out, _step_of(before[-1]))
+            else:
+                (self._out / LATEST).unlink()
+            _flush(self._out)
+        dist.barrier()
 
     def _open(self, step: int) -> Path:
         partial = self._out / f".{iteration_folder(self._out, step).name}.partial"
@@ -94,27 +118,24 @@ class Saver:
         dist.barrier()
         return partial
 
-    def _publish(
-        self, step: int, partial: Path, describe: Callable[[], None] | None = None, *, last: bool = False
-    ) -> None:
+    def _publish(self, step: int, partial: Path, describe: Callable[[], None] | None = None) -> None:
         if self._first:
             target = iteration_folder(self._out, step)
             fsync_tree(partial)
             replace_folder(partial, target)
-            if describe:
-                describe()
+            describe() if describe else self._describe(self._out, step)
             write_latest(self._out, step)
-            _flush(self._out / LATEST, self._out)
-            self._remove_old(target, last=last)
+            _flush(self._out / MANIFEST, self._out / LATEST, self._out)
+            self._unproven = target
         dist.barrier()
 
-    def _remove_old(self, newest: Path, *, last: bool = False) -> None:
-        """Leave ``newest``, the ``keep_last`` - 1 before it (none after the last one), and those of ``keep_every``."""
+    def _remove_old(self, newest: Path, count: int) -> None:
+        """Leave ``newest``, the ``count`` before it, and those of ``keep_every``."""
         every = self._runtime.keep_every
         folders = sorted(self._out.glob("iter_*"))
         before = [folder for folder in folders if folder < newest]
-        kept = {newest, *([] if last else before[len(before) - self._runtime.keep_last + 1 :])}
-        kept |= {folder for folder in before if every and int(folder.name.removeprefix("iter_")) % every == 0}
+        kept = {newest, *before[max(0, len(before) - count) :]}
+        kept |= {folder for folder in before if every and _step_of(folder) % every == 0}
         for folder in folders:
             if folder not in kept:
                 shutil.rmtree(folder)
@@ -161,6 +182,10 @@ class Background:
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that the next step does not change; from a device the tensor has already been copied."""
     return tensor.clone()
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("iter_"))
 
 
 def _flush(*paths: Path) -> None:

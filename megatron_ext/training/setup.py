@@ -40,6 +40,7 @@ class Setup(Base):
     Attributes:
         reference: folder with the reference model's log-probabilities; it is made there if it does not exist. None
             where the dataset holds no pairs.
+        continued: the checkpoint folder whose optimizer, schedule and step are gone on from; None starts at step 0.
         validation: the dataset that validation reads, and its plan; None without validation.
     """
 
@@ -47,6 +48,7 @@ class Setup(Base):
     reference: Path | None
     validation: tuple[Path, Plan] | None
     state: RunState
+    continued: Path | None
 
 
 def read_base(job: Job) -> Base:
@@ -80,9 +82,12 @@ def prepare(job: Job) -> Setup:
     plan = make_plan(train, base.dataset.place, positions)
     validation = _validation(job, base, positions)
     datasets = [base.dataset.place, *([validation[0]] if validation else [])]
-    state = open_run(job.out, training_digest(train.model_dump(), base.checkpoint, *datasets), job.runtime)
+    continued = Path(job.inputs["state"]) if job.inputs.get("state") else None
+    settings = train.model_dump() | ({"finetune": False} if continued else {})
+    state = open_run(job.out, training_digest(settings, base.checkpoint, *datasets), job.runtime)
     if state.summary is None:
-        require_space(job.out, disk_needed(base.manifest.architecture), "training")
+        needed = disk_needed(base.manifest.architecture, job.runtime, plan.iterations)
+        require_space(job.out, needed - _held(job.out), "training")
     reference = None
     if base.dataset.kind == "preference":
         reference = Path(job.inputs.get("reference") or job.out / "reference")
@@ -94,7 +99,13 @@ def prepare(job: Job) -> Setup:
         reference=reference,
         validation=validation,
         state=state,
+        continued=continued,
     )
+
+
+def _held(out: Path) -> int:
+    """Bytes of the checkpoints that an attempt before has left."""
+    return sum(path.stat().st_size for path in out.glob("iter_*/*") if path.is_file())
 
 
 def _validation(job: Job, base: Base, positions: int) -> tuple[Path, Plan] | None:

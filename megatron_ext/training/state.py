@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from pydantic import Field
 
+from megatron_ext.cache import kept_arrays
 from megatron_ext.config import RuntimeConfig, Section
 from megatron_ext.data.datasets import open_dataset
 from megatron_ext.errors import OutputExistsError
+from megatron_ext.folders import digest_file
 from megatron_ext.weights.manifest import LATEST, MANIFEST, latest_folder, read_latest, read_manifest
 
 STATE = "training_state.json"
-SAMPLE = 1 << 20
 
 
 class RunState(Section):
@@ -30,20 +32,31 @@ class RunState(Section):
 
 
 def training_digest(settings: Mapping[str, Any], checkpoint: Path, *datasets: Path) -> str:
-    """xxh3-128 of everything that decides the result. Large files count by size and their first MiB.
+    """xxh3-128 of everything that decides the result: settings, model, every byte of the weights and of the datasets.
 
     What else lies in the folders, certificates or an artifact's own record, decides nothing.
     """
     hasher = xxhash.xxh3_128(json.dumps(settings, sort_keys=True).encode())
-    weights = sorted(path for path in latest_folder(checkpoint).iterdir() if path.is_file())
-    files = [checkpoint / LATEST, checkpoint / MANIFEST, *weights]
-    of_datasets = [file for dataset in datasets for file in open_dataset(dataset).files]
-    files += [file for file in of_datasets if file.suffix in (".bin", ".idx") or file.name == MANIFEST]
-    for path in files:
-        hasher.update(f"{path.name}:{path.stat().st_size};".encode())
-        with path.open("rb") as file:
-            hasher.update(file.read(SAMPLE))
+    hasher.update(read_manifest(checkpoint).model_dump_json(exclude={"training"}).encode())
+    hasher.update(_digest_of([path for path in latest_folder(checkpoint).iterdir() if path.is_file()]))
+    for dataset in datasets:
+        files = open_dataset(dataset).files
+        hasher.update(_digest_of([path for path in files if path.suffix in (".bin", ".idx") or path.name == MANIFEST]))
     return hasher.hexdigest()
+
+
+def _digest_of(files: list[Path]) -> bytes:
+    """xxh3-128 of names and contents; read once, then kept by size, time and inode."""
+    files, hasher = sorted(files), xxhash.xxh3_128()
+    stats = [(path.name, path.stat()) for path in files]
+    key = json.dumps([(name, s.st_size, s.st_mtime_ns, s.st_dev, s.st_ino) for name, s in stats])
+
+    def read() -> dict[str, np.ndarray]:
+        for path in files:
+            hasher.update(f"{path.name}:{digest_file(path)};".encode())
+        return {"digest": np.frombuffer(hasher.digest(), dtype=np.uint8)}
+
+    return kept_arrays("digests", xxhash.xxh3_128_hexdigest(key.encode()), read)["digest"].tobytes()
 
 
 def open_run(out: Path, digest: str, runtime: RuntimeConfig) -> RunState:
@@ -56,9 +69,11 @@ def open_run(out: Path, digest: str, runtime: RuntimeConfig) -> RunState:
     """
     path = out / STATE
     layout = {
-        "world_size": runtime.nproc_per_node,
+        "world_size": int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else runtime.nproc_per_node,
         "tensor_model_parallel_size": runtime.tensor_model_parallel_size,
         "pipeline_model_parallel_size": runtime.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": runtime.virtual_pipeline_model_parallel_size or 1,
+        "context_parallel_size": runtime.context_parallel_size,
         "expert_model_parallel_size": runtime.expert_model_parallel_size,
     }
     if path.exists():
@@ -85,16 +100,22 @@ def _published_summary(out: Path) -> dict[str, Any] | None:
     if not ((out / LATEST).exists() and (out / MANIFEST).exists()):
         return None
     manifest = read_manifest(out)
-    return manifest.training["summary"] if manifest.training and read_latest(out) == manifest.iteration else None
+    finished = (manifest.training or {}).get("summary")
+    return finished if read_latest(out) == manifest.iteration else None
 
 
 def write_run(out: Path, state: RunState) -> None:
     """Keep ``state`` in ``out``, by one rename."""
-    draft = out / f".{STATE}"
-    draft.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, out / STATE)
+    write_json(out / STATE, state.model_dump())
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write ``facts`` by one rename."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
 
 
 def last_checkpoint(out: Path) -> str:
     """The newest whole checkpoint in ``out``, in words."""
-    return str(latest_folder(out)) if (out / LATEST).exists() else "none was saved yet"
+    return str(latest_folder(out)) if (out / LATEST).exists() else "none"

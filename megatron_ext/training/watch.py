@@ -7,13 +7,23 @@ import math
 import statistics
 import sys
 from collections import deque
-from typing import TYPE_CHECKING, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from megatron_ext.errors import TrainingDivergedError
-from megatron_ext.training.state import last_checkpoint
+from megatron_ext.errors import JobInterrupted, TrainingDivergedError
+from megatron_ext.events import Events
+from megatron_ext.training.parallel import first_rank
+from megatron_ext.training.state import last_checkpoint, write_json
 
 if TYPE_CHECKING:
+    from megatron_ext.training.metrics import Diary
+    from megatron_ext.training.saving import Saver
     from megatron_ext.training.setup import Setup
+    from megatron_ext.training.steps import Trainer
+
+DIVERGED = "diverged.json"
+"""In the training's folder: the step that stopped it, and all of its samples."""
 
 WINDOW = 50
 """Steps that a new one is compared with."""
@@ -26,25 +36,34 @@ NOISE = 0.05
 
 
 class Heartbeat:
-    """Ends this process when ``beat`` was not called for ``seconds``: every thread's stack goes to standard error.
+    """Ends this process when ``beat`` was not called for a while: every thread's stack goes to standard error.
 
     The timer is faulthandler's own thread, which needs no interpreter lock, so it works inside a stuck collective.
     torchrun then ends the other ranks, and a rerun goes on from the last checkpoint.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self) -> None:
+        self._seconds: float | None = None
 
     def beat(self) -> None:
-        """Start the time anew."""
-        faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)
+        """Start the time anew; nothing where nobody watches."""
+        if self._seconds is not None:
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)
 
-    def __enter__(self) -> Self:
+    @contextmanager
+    def watching(self, seconds: float) -> Iterator[None]:
+        """Expect a beat every ``seconds`` while the block runs."""
+        self._seconds = seconds
         self.beat()
-        return self
+        try:
+            yield
+        finally:
+            self._seconds = None
+            faulthandler.cancel_dump_traceback_later()
 
-    def __exit__(self, *_: object) -> None:
-        faulthandler.cancel_dump_traceback_later()
+
+HEART = Heartbeat()
+"""The one of this process: of a step of training, a pass of validation or of the reference model, a save."""
 
 
 class Spikes:
@@ -68,16 +87,75 @@ class Spikes:
         return sentence
 
 
-def require_finite(setup: Setup, step: int, name: str, value: float) -> None:
-    """Stop before a broken step spreads; ``step`` counts from 1.
+class Watch:
+    """Stops a training before what is broken spreads. Every rank calls every method, in the same order."""
 
-    Raises:
-        TrainingDivergedError: ``value`` is NaN or infinite; names the step's samples and the last checkpoint.
-    """
-    if not math.isfinite(value):
+    def __init__(self, setup: Setup, trainer: Trainer, saver: Saver, events: Events) -> None:
+        self._setup, self._trainer, self._saver, self._events = setup, trainer, saver, events
+
+    def finite(self, step: int, name: str, value: float | None) -> None:
+        """Look at a value of ``step`` (from 1); None where there is nothing to look at.
+
+        Raises:
+            TrainingDivergedError: it is NaN or infinite; names the step's samples and the last good checkpoint.
+        """
+        if value is not None and not math.isfinite(value):
+            self._saver.distrust(step, self._events)
+            self._stop(step, f"the {name} of step {step} is {value}")
+
+    def finite_weights(self) -> None:
+        """Look at all weights, before they are saved.
+
+        Raises:
+            TrainingDivergedError: as ``finite``.
+        """
+        step = self._trainer.state.step
+        if broken := self._trainer.broken_weights():
+            self._saver.distrust(step + 1, self._events)
+            self._stop(step, f"{broken} of the weights' tensors are not finite after step {step}")
+
+    def validated(self, diary: Diary) -> bool:
+        """Validate where it is due and was not done yet; False if a stop was asked for meanwhile.
+
+        Raises:
+            TrainingDivergedError: as ``finite``.
+        """
+        state, runtime = self._trainer.state, self._setup.runtime
+        due = state.step % runtime.eval_interval == 0 or state.step == self._setup.plan.iterations
+        if not due or state.step == state.validated:
+            return True
+        try:
+            means = self._trainer.validate()
+        except JobInterrupted:
+            return False
+        if means:
+            self.finite(state.step, "validation loss", means["loss"])
+        diary.validated(state.step, means)
+        state.validated = state.step
+        return True
+
+    def sound(self) -> None:
+        """Look at what the last update left: no step after it would tell.
+
+        Raises:
+            TrainingDivergedError: as ``finite``.
+        """
+        self.finite_weights()
+        step = self._trainer.state.step
+        loss = self._trainer.loss_of(self._trainer.loss, self._trainer.data, step - 1)
+        if not math.isfinite(loss):
+            self._saver.distrust(step + 1, self._events)
+            self._stop(step, f"the update of step {step} broke the model: the loss of its samples is {loss} now")
+
+    def _stop(self, step: int, what: str) -> None:
+        samples, checkpoint = self._setup.plan.sample_ids(step - 1), last_checkpoint(self._setup.out)
+        place = self._setup.out / DIVERGED
+        if first_rank():
+            facts = {"step": step, "what": what, "last_checkpoint": checkpoint, "sample_ids": samples}
+            write_json(place, facts)
         raise TrainingDivergedError(
-            f"the {name} of step {step} is {value}; its samples were {shown(setup.plan.sample_ids(step - 1))}; "
-            f"last checkpoint: {last_checkpoint(setup.out)}; lower train.lr or look at these samples with mflow inspect"
+            f"{what}; its samples were {shown(samples)} (all of them: {place}); last good checkpoint: {checkpoint}; "
+            "lower train.lr or look at these samples with mflow inspect"
         )
 
 

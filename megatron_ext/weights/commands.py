@@ -13,10 +13,14 @@ from megatron_ext.errors import ConfigError, UserError
 from megatron_ext.folders import published, size_in_bytes
 from megatron_ext.options import AsJson, ModelFolder, Out, Overwrite, report
 from megatron_ext.terminal import TerminalEvents
+from megatron_ext.weights.manifest import at_iteration
 
 Verify = Annotated[
     VerifyLevel,
     typer.Option(help="What the result must pass: every tensor compared (digest), and all logits (logits)."),
+]
+Iteration = Annotated[
+    int | None, typer.Option(min=0, help="Take this iteration of the checkpoint, not the newest (runtime.keep_every).")
 ]
 TrustPickle = Annotated[
     bool,
@@ -105,6 +109,7 @@ def export(
     ],
     model: Annotated[Path, typer.Option(help="Hugging Face folder the checkpoint came from: config and tokenizer.")],
     out: Out,
+    iteration: Iteration = None,
     dtype: Dtype | None = None,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of a file: 5GB, 500MB, 2GiB, or a number.")] = "5GB",
     verify: Verify = "digest",
@@ -116,6 +121,7 @@ def export(
     from megatron_ext.weights.export import export as export_weights
 
     asked = {"dtype": dtype, "verify": verify, "trust_pickle": trust_pickle}
+    checkpoint = at_iteration(checkpoint, iteration)
     reads, most = [checkpoint, model], size_in_bytes(max_shard_size, "--max-shard-size")
     with published(out, overwrite=overwrite, marker="export", inputs=reads) as partial, TerminalEvents() as events:
         summary = export_weights(checkpoint, model, partial, events=events, max_shard_size=most, **asked)
@@ -125,6 +131,7 @@ def export(
 def verify(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")],
     model: Annotated[Path, typer.Option(help="Hugging Face folder that it was converted from, or exported to.")],
+    iteration: Iteration = None,
     level: Annotated[Literal["digest", "logits"], typer.Option(help="Every tensor, or the logits of both, too.")] = (
         "digest"
     ),
@@ -140,7 +147,9 @@ def verify(
 
     with TerminalEvents() as events:
         try:
-            certificate = verify_weights(checkpoint, model, level=level, events=events, trust_pickle=trust_pickle)
+            certificate = verify_weights(
+                at_iteration(checkpoint, iteration), model, level=level, events=events, trust_pickle=trust_pickle
+            )
         except UserError as error:
             if as_json:
                 typer.echo(json.dumps({"verified": False, "reason": str(error)}))

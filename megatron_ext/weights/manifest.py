@@ -54,11 +54,13 @@ class CheckpointManifest(Section):
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint folder.
+    """The manifest of a checkpoint folder, or of one iteration in it.
 
     Raises:
         CheckpointError: no such folder, no manifest, or a manifest of another kind.
     """
+    if (iteration := _own_iteration(folder)) is not None:
+        return read_manifest(folder.parent).model_copy(update={"iteration": iteration})
     path = folder / MANIFEST
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint folder {folder} does not exist; write one with mflow convert")
@@ -98,11 +100,13 @@ def write_latest(folder: Path, iteration: Literal["release"] | int) -> None:
 
 
 def read_latest(folder: Path) -> Literal["release"] | int:
-    """What the checkpoint folder points to.
+    """What the checkpoint folder points to; of one iteration in it, that iteration.
 
     Raises:
         CheckpointError: the pointer is missing or unreadable.
     """
+    if (iteration := _own_iteration(folder)) is not None:
+        return iteration
     path = folder / LATEST
     try:
         text = path.read_text(encoding="utf-8").strip()
@@ -121,15 +125,41 @@ def iteration_folder(folder: Path, iteration: Literal["release"] | int) -> Path:
 
 
 def latest_folder(folder: Path) -> Path:
-    """The torch_dist folder that the checkpoint folder points to.
+    """The torch_dist folder that the checkpoint folder points to; one iteration in it stands for itself.
 
     Raises:
         CheckpointError: there is no pointer, or it points to nothing.
     """
+    if _own_iteration(folder) is not None:
+        return folder
     found = iteration_folder(folder, read_latest(folder))
     if not found.is_dir():
         raise CheckpointError(f"{folder / LATEST} points to {found.name}, which is not in {folder}")
     return found
+
+
+def at_iteration(folder: Path, iteration: int | None) -> Path:
+    """The checkpoint folder, or, where an iteration is asked for, the place of that one in it.
+
+    Raises:
+        CheckpointError: it holds no such iteration; names those that it holds.
+    """
+    if iteration is None:
+        return folder
+    found = iteration_folder(folder, iteration)
+    if not found.is_dir():
+        held = sorted(int(path.name[5:]) for path in folder.glob("iter_*") if path.name[5:].isdecimal())
+        raise CheckpointError(
+            f"{folder} holds no iteration {iteration}; it holds {', '.join(map(str, held)) or 'none'}"
+        )
+    return found
+
+
+def _own_iteration(folder: Path) -> int | None:
+    """The number of ``folder`` if it is itself one iteration of a checkpoint folder with a manifest."""
+    name, number = folder.name[:5], folder.name[5:]
+    whole = name == "iter_" and number.isdecimal() and not (folder / LATEST).exists()
+    return int(number) if whole and folder.is_dir() and (folder.parent / MANIFEST).exists() else None
 
 
 def _replace(path: Path, text: str) -> None:
