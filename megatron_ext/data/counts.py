@@ -20,6 +20,7 @@ class Counts:
     dropped: int = 0
     truncated: int = 0
     truncated_tokens: int = 0
+    answers_cut_off: int = 0
     split: int = 0
     compared_documents: int = 0
     compared_bytes: int = 0

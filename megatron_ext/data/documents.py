@@ -57,7 +57,7 @@ class Finish:
     overlong: Overlong = "truncate"
 
     def apply(self, sides: list[Batch], *, text: bool) -> tuple[list[Batch], Counts]:
-        """Finish documents, none of them empty.
+        """Finish documents, none of them empty. One of which cutting leaves nothing trained is left out.
 
         Args:
             sides: one batch, or several of the same documents (chosen, rejected), which are dropped together.
@@ -72,27 +72,49 @@ class Finish:
                 cuts.dropped = int(over.sum())
                 sides = [side.select(~over) for side in sides]
             elif self.overlong == "truncate":
-                cuts.truncated = int(over.sum())
+                lost = np.logical_or.reduce([self._loses_answer(side) for side in sides])
+                cuts.answers_cut_off, cuts.truncated = int(lost.sum()), int((over & ~lost).sum())
+                sides = [side.select(~lost) for side in sides]
             else:
                 cuts.split = int(over.sum())
         finished = [self._finished(side, cuts, text) for side in sides]
         return finished, cuts
 
     def _marked_lengths(self, side: Batch) -> np.ndarray:
-        bos, eod = self._missing(side.ids, side.starts, side.lengths)
+        bos, eod = self._missing(side)
         return side.lengths + bos + eod
 
-    def _missing(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) bool each: documents that lack the mark at their start, at their end."""
-        none = np.zeros(len(lengths), dtype=bool)
+    def _loses_answer(self, side: Batch) -> np.ndarray:
+        """(N,) bool: documents of a conversation whose trained tokens are all beyond ``max_length``."""
+        if side.mask is None or self.max_length is None or not len(side.lengths):
+            return np.zeros(len(side.lengths), dtype=bool)
+        bos, eod = self._missing(side)
+        over = side.lengths + bos + eod > self.max_length
+        kept = np.where(over, np.minimum(side.lengths, self.max_length - bos), side.lengths)
+        trained = from_zero(np.cumsum(side.mask, dtype=np.int64))
+        before = trained[side.starts + side.lengths] - trained[side.starts]
+        after = trained[side.starts + kept] - trained[side.starts]
+        return (before > 0) & (after == 0)
+
+    def _missing(self, side: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) bool each: documents that lack the mark at their start, at their end.
+
+        What a template writes behind the end marker of the last trained answer (ChatML a line break) ends nothing.
+        """
+        ids, starts, ends = side.ids, side.starts, side.starts + side.lengths
+        none = np.zeros(len(starts), dtype=bool)
         bos = none if self.bos is None else ids[starts] != self.bos
-        eod = none if self.eod is None else ids[starts + lengths - 1] != self.eod
+        eod = none if self.eod is None else ids[ends - 1] != self.eod
+        if side.mask is not None and eod.any() and side.mask.any():
+            trained = np.flatnonzero(side.mask)
+            last = trained[np.maximum(np.searchsorted(trained, ends) - 1, 0)]
+            eod &= (last < starts) | (last >= ends) | (ids[last] != self.eod)
         return bos, eod
 
     def _finished(self, side: Batch, cuts: Counts, text: bool) -> Batch:
         if not len(side.lengths):
             return side
-        bos, eod = self._missing(side.ids, side.starts, side.lengths)
+        bos, eod = self._missing(side)
         if self.max_length is not None and self.overlong == "truncate":
             over = side.lengths + bos + eod > self.max_length
             if over.any():
@@ -100,7 +122,7 @@ class Finish:
                 kept = np.where(over, np.minimum(side.lengths, room), side.lengths)
                 cuts.truncated_tokens += int((side.lengths - kept).sum())
                 side = _heads(side, kept)
-                eod = self._missing(side.ids, side.starts, side.lengths)[1] & (text | ~over)
+                eod = self._missing(side)[1] & (text | ~over)
         side = self._with_marks(side, bos, eod)
         return self._pieces(side) if self.overlong == "split" else side
 
@@ -124,12 +146,17 @@ class Finish:
         return Batch(ids, mask, lengths)
 
     def _pieces(self, side: Batch) -> Batch:
-        """Documents of at most ``max_length``: the same tokens with more bounds."""
+        """Documents of at most ``max_length``: the same tokens with more bounds, and no end mark alone."""
         if self.max_length is None or side.lengths.max() <= self.max_length:
             return side
         pieces = -(-side.lengths // self.max_length)
         lengths = np.full(int(pieces.sum()), self.max_length, dtype=np.int64)
-        lengths[np.cumsum(pieces) - 1] = side.lengths - (pieces - 1) * self.max_length
+        last = np.cumsum(pieces) - 1
+        lengths[last] = side.lengths - (pieces - 1) * self.max_length
+        if self.eod is not None:
+            alone = last[(pieces > 1) & (lengths[last] == 1)]
+            lengths[alone - 1] -= 1
+            lengths[alone] += 1
         return Batch(side.ids, side.mask, lengths)
 
 
@@ -140,3 +167,10 @@ def _heads(side: Batch, kept: np.ndarray) -> Batch:
     place = np.arange(len(side.ids)) - np.repeat(side.starts, side.lengths)
     tokens = place < np.repeat(kept, side.lengths)
     return Batch(side.ids[tokens], None if side.mask is None else side.mask[tokens], kept)
+
+
+def from_zero(ends: np.ndarray) -> np.ndarray:
+    """(N + 1,) bounds from the (N,) ends of stretches that follow each other."""
+    bounds = np.zeros(len(ends) + 1, dtype=ends.dtype)
+    bounds[1:] = ends
+    return bounds

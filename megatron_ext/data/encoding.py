@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.data.documents import Batch
+from megatron_ext.data.documents import Batch, from_zero
 from megatron_ext.data.engine_proof import EngineDiffersError
 from megatron_ext.data.engines import REFERENCE_BYTES, GigatokenEngine, Ids, ReferenceEngine, Texts, portions
 from megatron_ext.data.rendering import Rendered, Span
@@ -105,7 +105,7 @@ class MaskMaker:
             EngineDiffersError: the reference gives other ids for one of the documents.
         """
         mask = np.empty(len(ids.values), dtype=np.uint8)
-        ends = _from_zero(np.cumsum(ids.lengths))
+        ends = from_zero(np.cumsum(ids.lengths))
         for first, last in portions(texts.bounds, MASKED_BYTES):
             start, end = texts.bounds[[first, last]].tolist()
             width = np.int32 if end - start < 1 << 31 else np.int64
@@ -146,7 +146,7 @@ class MaskMaker:
         for unwritten in guesses:
             sizes = self._sizes[ids.values] - unwritten
             ends = np.cumsum(sizes, dtype=texts.bounds.dtype)
-            bounds = _from_zero(ends)[_from_zero(np.cumsum(ids.lengths))]  # bytes of the tokens up to each document
+            bounds = from_zero(ends)[from_zero(np.cumsum(ids.lengths))]  # bytes of the tokens up to each document
             before = bounds[:-1]
             found = ~known & (np.diff(bounds) == texts.sizes)
             empty = np.bincount(document_of[(sizes < 1) & ~unwritten], minlength=texts.count) > 0
@@ -202,13 +202,6 @@ class MaskMaker:
         np.add.at(change, firsts[kept], 1)
         np.add.at(change, lasts[kept], -1)
         return (np.cumsum(change[:-1], dtype=np.int32) > 0).astype(np.uint8)
-
-
-def _from_zero(ends: np.ndarray) -> np.ndarray:
-    """(N + 1,) bounds from the (N,) ends of stretches that follow each other."""
-    bounds = np.zeros(len(ends) + 1, dtype=ends.dtype)
-    bounds[1:] = ends
-    return bounds
 
 
 def _trims_offsets(post_processor: dict[str, Any] | None) -> bool:

@@ -87,18 +87,7 @@ def facts(inspection: Inspection) -> list[str]:
     template = f"chat template {manifest.chat_template.name}, " if manifest.chat_template else ""
     lines.append(f"{template}rows {manifest.row_format}, vocabulary {manifest.vocab_size:,} ({manifest.dtype})")
     lines.append(f"why: {manifest.why}")
-    if manifest.untrained_documents:
-        lines.append(f"{manifest.untrained_documents:,} documents have no trained token")
-    out = manifest.left_out
-    for count, what in (
-        (out.dropped, "documents were longer than max_length and dropped"),
-        (out.truncated, f"documents were cut to max_length, {out.truncated_tokens:,} tokens lost"),
-        (out.split, "documents were cut into several of at most max_length"),
-        (out.skipped_rows, "rows did not fit and were skipped" + "".join(f"; {row}" for row in out.first_skipped[:1])),
-        (out.empty_rows, "rows were empty"),
-    ):
-        if count:
-            lines.append(f"{count:,} {what}")
+    lines += manifest.losses()
     if manifest.histogram:
         top = ", ".join(f"{token.token!r} {token.count:,}" for token in manifest.histogram.top[:8])
         lines.append(f"{manifest.histogram.distinct:,} different tokens; the most frequent: {top}")

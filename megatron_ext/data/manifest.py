@@ -188,10 +188,14 @@ class DatasetManifest(Section):
 
     def losses(self) -> list[str]:
         """What of the data is not, or not whole, in the dataset, or will not be trained: a sentence each."""
-        out, beyond = self.left_out, f"max_length {self.options.max_length}"
+        out, beyond = self.left_out, f"max_length {self.options.max_length or ''}".rstrip()
         empty = "empty" if self.kind == "text" else "empty or had no answer, and left out"
         sentences = (
-            (out.skipped_rows, "row", "skipped, for not fitting" + "".join(f"; {row}" for row in out.first_skipped[:1])),
+            (
+                out.skipped_rows,
+                "row",
+                "skipped, for not fitting" + "".join(f"; {row}" for row in out.first_skipped[:1]),
+            ),
             (out.empty_rows, "row", empty),
             (out.dropped, "document", f"longer than {beyond} and dropped"),
             (out.answers_cut_off, "document", f"dropped, because {beyond} left nothing of the answer"),

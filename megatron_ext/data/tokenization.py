@@ -105,6 +105,8 @@ def tokenize(
         manifest = _build(plan, out, workers or available_cores(), events)
     except RowFormatError as error:
         raise DatasetFormatError(str(error)) from None  # which another process can make again of its message
+    for loss in manifest.losses():
+        events.note(loss)
     seconds = time.monotonic() - started
     kept = manifest.model_dump(
         include={"kind", "documents", "tokens", "trained_tokens", "untrained_documents", "row_format", "why", "dtype"}
@@ -299,6 +301,7 @@ def _manifest(plan: Plan, shards: Shards, facts: SourceFacts, engine: EngineReco
             dropped=total.dropped,
             truncated=total.truncated,
             truncated_tokens=total.truncated_tokens,
+            answers_cut_off=total.answers_cut_off,
             split=total.split,
         ),
         histogram=TokenHistogram.of(shards.frequencies, vocabulary),
@@ -324,6 +327,8 @@ def _require_sensible(plan: Plan, total: Counts) -> None:
     """Refuse a dataset without documents, and a loss mask that is all ones or all zeros."""
     if not total.documents:
         left_out = f"{total.rows:,} rows: {total.skipped:,} skipped, {total.empty:,} empty, {total.dropped:,} too long"
+        if total.answers_cut_off:
+            left_out += f", {total.answers_cut_off:,} whose answer was beyond max_length {plan.options.max_length}"
         named = f"; the first: {total.named[0]}" if total.named else ""
         raise DatasetFormatError(f"no document is left of {left_out}{named}")
     if plan.kind == "text" or plan.template is None:
