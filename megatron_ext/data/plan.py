@@ -124,6 +124,7 @@ def make_plan(
     kind = _kind(sources, formats)
     if options.overlong == "split" and kind != "text":
         raise ConfigError(f"overlong split is for text; {kind} data can be truncated or dropped")
+    _require_used(options, kind)
     finish = Finish(
         bos=_mark(tokenizer, folder, "bos_token", "prepend_bos") if options.prepend_bos else None,
         eod=_mark(tokenizer, folder, "eos_token", "append_eod") if options.append_eod else None,
@@ -170,6 +171,14 @@ def _kind(sources: Sequence[Source], formats: Sequence[str]) -> Kind:
                 "make one of each"
             )
     return kinds[0]
+
+
+def _require_used(options: TokenizeOptions, kind: Kind) -> None:
+    """Refuse what only conversations can be asked for. A chat template of text is noted: evaluation may ask with it."""
+    why = {"text": "text is trained as a whole", "preference": "of a pair the answers alone are trained"}.get(kind)
+    for name in ("last_turn_only", "train_on_prompt"):
+        if why and getattr(options, name):
+            raise ConfigError(f"{name} is for conversations, but this is {kind} data: {why}; leave {name} out")
 
 
 def _mark(tokenizer: Tokenizer | SlowTokenizer, folder: Path, name: str, option: str) -> int:

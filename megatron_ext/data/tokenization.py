@@ -148,6 +148,8 @@ def remarks(template: ChatTemplate, tokenizer: Any) -> list[str]:
 def _tell(plan: Plan, events: Events) -> None:
     for why in dict.fromkeys(plan.whys):
         events.note(why)
+    if plan.kind == "text" and (named := plan.options.chat_template):
+        events.note(f"chat template {named!r} is not used in tokenizing: text is trained as it is")
     if plan.template is not None:
         for note in remarks(ChatTemplate(plan.template, special_tokens(plan.folder)), plan.tokenizer):
             events.note(note)
