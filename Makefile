@@ -37,6 +37,7 @@ bench-checkpoints: setup
 
 # Tokenizing beside its engine, tokenizers and datatrove, 10 minutes. BENCH_ARGS='--rounds 1 --large 0' for a quick look.
 bench-data: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python tests/benchmarks/bench_data.py $(BENCH_ARGS)
 
 # Speed of the training loop beside a plain transformers loop, some minutes. MFLOW_REAL_DATA=FOLDER for chats, too.

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from megatron_ext.config import TrainConfig
 from megatron_ext.data.packing import pack, separate
 
 
@@ -44,12 +45,17 @@ def test_it_is_best_fit_decreasing(seed):
     assert sorted(rooms) == one_by_one(lengths.tolist(), seq_length)
 
 
-def test_a_million_documents_pack_almost_without_loss_in_seconds():
+ALIGNMENT = TrainConfig.model_fields["pack_alignment"].default
+
+
+@pytest.mark.parametrize(("alignment", "useful"), [(ALIGNMENT, 0.96), (1, 0.999)])
+def test_a_million_documents_pack_almost_without_loss_in_seconds(alignment, useful):
     lengths = lengths_like_chat(1_000_000, 4096)
     start = time.process_time()
-    packing = pack(lengths, 4096, seed=1)
+    packing = pack(lengths, 4096, 1, alignment)
     assert time.process_time() - start < 5
-    assert packing.fill > 0.999
+    assert packing.fill > 0.99
+    assert useful < packing.useful <= packing.fill
     assert packing.tokens == lengths.sum()
 
 
