@@ -22,7 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 from megatron_ext.config import EvalConfig, TrainJobConfig
 from megatron_ext.config_files import read_yaml, validated, with_overrides
 from megatron_ext.data.commands import tokenize
-from megatron_ext.errors import MegatronFlowsError, OutputExistsError, UserError
+from megatron_ext.errors import MegatronFlowsError, OutputExistsError, SourceError, UserError
 from megatron_ext.folders import published
 from megatron_ext.options import AsJson, ModelFolder, Overwrite
 from megatron_ext.terminal import TerminalEvents
@@ -104,8 +104,11 @@ def inspect(
 
     inspection = inspect_dataset(dataset, samples, tokenizer)
     if html:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(render_document(inspection), encoding="utf-8")
+        try:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            html.write_text(render_document(inspection), encoding="utf-8")
+        except OSError as error:
+            raise SourceError(f"cannot write {html}: {error.strerror}; name another file with --html") from None
     if as_json:
         typer.echo(json.dumps(inspection.as_json()))
     elif html:

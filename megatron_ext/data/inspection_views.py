@@ -11,8 +11,14 @@ from rich.text import Text
 if TYPE_CHECKING:
     from megatron_ext.data.inspection import Inspection, Sample
 
-VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
-"""Control characters in the data are shown as their pictures, so that none of them reaches a terminal."""
+WITHOUT_PICTURE = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+"""C1 controls, which a terminal obeys as it does escape sequences, and those that turn the direction of writing."""
+VISIBLE: dict[int, int | str] = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"},
+    127: 0x2421,
+    **{code: f"<U+{code:04X}>" for code in WITHOUT_PICTURE},
+}
+"""Control characters in the data are shown as their pictures or numbers: none of them reaches a terminal or a page."""
 STYLE = (
     ".mflow-dataset pre{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ccc;padding:.6em;color:#555}"
     ".mflow-dataset mark{background:#c9f2cf;color:#063d12}"
@@ -73,7 +79,11 @@ def render_document(inspection: Inspection) -> str:
 
 
 def facts(inspection: Inspection) -> list[str]:
-    """What there is to say in words."""
+    """What there is to say in words; names of files and rows in it are data, too."""
+    return [line.translate(VISIBLE) for line in _facts(inspection)]
+
+
+def _facts(inspection: Inspection) -> list[str]:
     lengths, manifest = inspection.lengths, inspection.manifest
     lines = [
         f"{inspection.kind}: {inspection.documents:,} documents, {inspection.tokens:,} tokens, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 from pathlib import Path
@@ -17,8 +18,10 @@ from megatron_ext.cli import app
 from megatron_ext.data.idxmap import IdxmapWriter
 from megatron_ext.data.inspection import inspect_dataset, render_html, render_terminal
 from megatron_ext.data.manifest import DatasetManifest, LeftOut, LengthStatistics, Side, SourceFile
+from megatron_ext.data.tokenization import tokenize
 from megatron_ext.data.tokenizers import load_tokenizer
 from megatron_ext.errors import DatasetFormatError, SourceError
+from megatron_ext.events import Events
 
 TEXTS = ["What is the capital?", "Paris 日本 <b>x</b>", "user \x1b[31m red", "1 2 3 " * 40]
 CHECK = {"documents", "tokens", "trained_tokens", "dropped", "truncated", "lengths"}
@@ -116,6 +119,33 @@ def test_colour_marks_what_is_trained_and_nothing_of_the_data_reaches_the_termin
     coloured = printed(place, color_system="standard", force_terminal=True)
     assert coloured.count("\x1b[1;32m") == 4
     assert "\x1b[31m" not in coloured
+
+
+def test_controls_without_a_picture_are_shown_as_their_numbers(tmp_path: Path, model: Path) -> None:
+    text, place = "a\x9b31mred\u202eabc\u2066x\x85y\u2069", tmp_path / "data"
+    rows = tmp_path / "bad\x9b.jsonl"
+    rows.write_text(json.dumps({"text": text}) + "\n")
+    place.mkdir()
+    tokenize([rows], model, place, events=Events(), format="text")
+    inspection = inspect_dataset(place, 1)
+    for shown in (
+        printed(place),
+        printed(place, color_system="standard", force_terminal=True),
+        render_html(inspection),
+    ):
+        assert not any(sign in shown for sign in "\x9b\x85\u202e\u2066\u2069")
+        shown = html.unescape(shown)
+        assert "a<U+009B>31mred<U+202E>abc<U+2066>x<U+0085>y<U+2069>" in shown
+        assert "bad<U+009B>.jsonl: format text" in shown
+
+
+@pytest.mark.parametrize("name", ["folder", "file/look.html"])
+def test_an_html_file_that_cannot_be_written_is_named(tmp_path: Path, model: Path, name: str) -> None:
+    place = dataset(tmp_path / "data", model, "chat")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SourceError, match=r"cannot write .*(folder|look\.html): "):
+        run("inspect", place, "--html", tmp_path / name)
 
 
 def test_the_html_file_stands_alone_and_is_escaped(tmp_path: Path, model: Path) -> None:
