@@ -67,6 +67,10 @@ class DatasetFormatError(UserError):
     """A row does not fit the dataset format; names file, row and field."""
 
 
+class EmptyFileError(DatasetFormatError):
+    """A data file holds no rows at all; with ``on_bad_row=skip`` it is passed over."""
+
+
 class RowFormatError(DatasetFormatError):
     """One row does not fit; with ``on_bad_row=skip`` it is left out and counted.
 

@@ -11,7 +11,8 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -102,12 +103,20 @@ def full_disk_named(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def folder_lock(path: Path) -> Iterator[int]:
-    """Exclusive ``flock`` on ``path``; the kernel releases it when the last holder of the descriptor dies."""
+def folder_lock(path: Path, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[int]:
+    """Exclusive ``flock`` on ``path``; the kernel releases it when the last holder of the descriptor dies.
+
+    ``waiting`` is told who holds it, if anyone does: ``process 1234``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            number = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            waiting(f"process {number}" if number.isdigit() else "another process")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
             current = os.stat(path).st_ino == os.fstat(descriptor).st_ino
         except FileNotFoundError:
@@ -115,6 +124,8 @@ def folder_lock(path: Path) -> Iterator[int]:
         if current:
             break
         os.close(descriptor)  # the holder before us removed the file: lock the new one
+    with suppress(OSError):  # a full disk
+        os.pwrite(descriptor, f"{os.getpid():<20}".encode(), 0)
     try:
         yield descriptor
     finally:
@@ -145,7 +156,11 @@ def published(
             raise OutputExistsError(f"--out {out} holds the input {path}, which would be lost; choose another folder")
     partial = out.parent / f".{out.name}.{marker}.partial"
     lock = out.parent / f".{out.name}.lock"
-    with _writable(out, folder_lock(lock)):
+
+    def tell(holder: str) -> None:
+        sys.stderr.write(f"waiting for {holder}, which writes {out}\n")
+
+    with _writable(out, folder_lock(lock, tell)):
         try:
             recover_folder(out)
             _require_free(out, overwrite)  # another process may have published it meanwhile

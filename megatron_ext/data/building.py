@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_ext.data.pipeline import Here, PerThread, ordered
 from megatron_ext.data.plan import Plan
 from megatron_ext.data.shards import Shards
 from megatron_ext.data.source_facts import SourceFacts
+from megatron_ext.data.sources import Meter, Source
 from megatron_ext.data.text_work import Done
 from megatron_ext.errors import WorkerFailedError
 from megatron_ext.events import Events
@@ -42,6 +44,7 @@ class Start:
 
 
 PROGRESS_SECONDS = 0.5
+COLUMNAR = (".parquet", ".arrow")
 READ_AHEAD = 2
 """Blocks beyond one for each worker that wait, encoded or to be encoded."""
 
@@ -63,15 +66,17 @@ def build(
         EngineDiffersError: the engine is not exact on this tokenizer or data.
         UserError: as ``tokenize``.
     """
-    progress, engine = Progress(events, facts, shards), start.engine
+    progress, reading, engine = Progress(events, facts, shards), Reading(plan.sources), start.engine
     if plan.kind == "text":
-        every, blocks, submitting = text_work.SHARD_BLOCKS, _text_blocks(plan, shards), _threads(plan, engine, workers)
+        every, blocks = text_work.SHARD_BLOCKS, _text_blocks(plan, reading.sources, shards)
+        submitting = _threads(plan, engine, workers)
     else:
-        every, blocks = chat_work.SHARD_BLOCKS, _chat_blocks(plan, shards)
+        every, blocks = chat_work.SHARD_BLOCKS, _chat_blocks(plan, reading.sources, shards)
         submitting = _processes(plan, start, workers)
     held = 0
-    with submitting as submit, ordered(blocks, submit, workers + READ_AHEAD) as results:
+    with submitting as submit, ordered(reading.followed(blocks), submit, workers + READ_AHEAD) as results:
         for done in results:
+            progress.share = reading.shares.popleft()
             shards.add(done.sides, done.counts)
             held += 1
             if held == every or done.ends_source:
@@ -88,13 +93,42 @@ def require_exact(engine: str, proof: Future[Proof]) -> None:
         raise EngineDiffersError(why)
 
 
+class Reading:
+    """How much of all files was read when each block was: says how far it is where nobody knows the number of rows.
+
+    Attributes:
+        sources: the files, to be read in place of those that were given.
+        shares: of the blocks that were read, in their order: share of the bytes up to the block's end.
+    """
+
+    def __init__(self, sources: list[Source]) -> None:
+        self.sources = [replace(source, meter=Meter()) for source in sources]
+        self._sizes = [source.size() or 0 for source in sources]
+        self.shares: deque[float] = deque()
+
+    def followed(self, blocks: Iterator[Any]) -> Iterator[Any]:
+        """``blocks``, while ``shares`` grows by one for each."""
+        for block in blocks:
+            source, size = self.sources[block.source], self._sizes[block.source]
+            assert source.meter is not None
+            # what is read of a columnar file, or unpacked to be one, says nothing about its rows
+            read = size if block.ends_source else 0 if source.kind in COLUMNAR else min(source.meter.read, size)
+            self.shares.append((sum(self._sizes[: block.source]) + read) / max(sum(self._sizes), 1))
+            yield block
+
+
 class Progress:
-    """Tells how many rows are done, how fast, and how long the rest will take."""
+    """Tells how many rows are done, how fast, and how long the rest will take.
+
+    Attributes:
+        share: of the files' bytes, how much is done.
+    """
 
     def __init__(self, events: Events, facts: SourceFacts, shards: Shards) -> None:
         self._events, self._facts, self._shards = events, facts, shards
         self._started = self._told = time.monotonic()
         self._rows, self._tokens, self._silent = shards.rows, shards.tokens, True
+        self.share = 0.0
         events.progress(self._rows, facts.rows, "documents")
 
     def tell(self, *, last: bool = False) -> None:
@@ -105,6 +139,8 @@ class Progress:
         self._silent = False
         self._told, seconds = now, max(now - self._started, 1e-9)
         rows, total = self._shards.rows, self._facts.rows
+        if total is None and self.share:
+            total = round(rows / self.share)
         rate = (rows - self._rows) / seconds
         left = round((total - rows) / rate, 1) if total is not None and rate else None
         self._events.emit(
@@ -121,15 +157,15 @@ class Progress:
 Submit = Callable[[Any], "Future[Done]"]
 
 
-def _text_blocks(plan: Plan, shards: Shards) -> Iterator[Any]:
+def _text_blocks(plan: Plan, sources: list[Source], shards: Shards) -> Iterator[Any]:
     column = plan.options.columns.get("text", "text")
     skip = plan.options.on_bad_row == "skip"
-    return text_work.text_blocks(plan.sources, column, shards.position, skip=skip)
+    return text_work.text_blocks(sources, column, shards.position, skip=skip)
 
 
-def _chat_blocks(plan: Plan, shards: Shards) -> Iterator[Any]:
+def _chat_blocks(plan: Plan, sources: list[Source], shards: Shards) -> Iterator[Any]:
     skip = plan.options.on_bad_row == "skip"
-    return chat_work.chat_blocks(plan.sources, plan.formats, plan.options.columns, shards.position, skip=skip)
+    return chat_work.chat_blocks(sources, plan.formats, plan.options.columns, shards.position, skip=skip)
 
 
 @contextmanager

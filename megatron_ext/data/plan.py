@@ -20,10 +20,10 @@ from megatron_ext.data.formats import AUTO, SNIFFED_ROWS, detect_format, require
 from megatron_ext.data.idxmap import token_dtype
 from megatron_ext.data.manifest import Kind
 from megatron_ext.data.rendering import ChatTemplate
-from megatron_ext.data.source_facts import file_state
+from megatron_ext.data.source_facts import FileState, file_states
 from megatron_ext.data.sources import Source, expand, read_rows
 from megatron_ext.data.tokenizers import load_tokenizer, require_vocabulary, tokenizer_file
-from megatron_ext.errors import ConfigError, DatasetFormatError, VocabularyError
+from megatron_ext.errors import ConfigError, DatasetFormatError, EmptyFileError, VocabularyError
 from megatron_ext.folders import require_space
 from megatron_ext.hf_folder import tokenizer_digest
 
@@ -83,6 +83,11 @@ class Plan:
         return tokenizer_digest(self.folder)
 
     @cached_property
+    def states(self) -> list[FileState]:
+        """What tells whether each file is still the same, as of the first look."""
+        return file_states(self.sources)
+
+    @cached_property
     def identity(self) -> str:
         """What decides the result, the engine left out, which must not matter; files by name, size, time and inode."""
         template = None if self.template is None else self.template.text
@@ -92,7 +97,7 @@ class Plan:
             template,
             self.tokenizer_digest,
             self.formats,
-            [(str(s), s.weight, s.input, s.entry, file_state(s)) for s in self.sources],
+            [(str(s), s.weight, s.input, s.entry, state) for s, state in zip(self.sources, self.states, strict=True)],
         ]
         return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
@@ -120,6 +125,9 @@ def make_plan(
         # a token for every two bytes of text, which is rather too many
         needed = size * values // 2 + tokenizer_file(folder).stat().st_size
         require_space(out, needed, "the dataset")
+    notes: list[str] = []
+    if options.on_bad_row == "skip":
+        sources, notes = _filled(sources)
     formats, whys = zip(*(_format_of(source, options) for source in sources), strict=True)
     kind = _kind(sources, formats)
     if options.overlong == "split" and kind != "text":
@@ -135,7 +143,17 @@ def make_plan(
     if template is not None:
         ChatTemplate(template, special_tokens(folder))
     return Plan(
-        sources, list(formats), list(whys), kind, options, folder, tokenizer, template, finish, vocab_size, largest + 1
+        sources,
+        list(formats),
+        [*whys, *notes],
+        kind,
+        options,
+        folder,
+        tokenizer,
+        template,
+        finish,
+        vocab_size,
+        largest + 1,
     )
 
 
@@ -151,6 +169,20 @@ def text_size(sources: Sequence[Source]) -> int | None:
 
 def _is_packed(source: Source) -> bool:
     return source.compression is not None or source.kind in (".parquet", ".arrow")
+
+
+def _filled(sources: list[Source]) -> tuple[list[Source], list[str]]:
+    """The files that hold rows, and a note about each that holds none."""
+    filled, notes = [], []
+    for source in sources:
+        try:
+            next(iter(read_rows(source, on_bad=lambda number, error: None)), None)
+            filled.append(source)
+        except EmptyFileError:
+            notes.append(f"{source} holds no rows and is passed over")
+    if not filled:
+        raise EmptyFileError(f"no file holds any rows: {', '.join(map(str, sources[:3]))}; fill one")
+    return filled, notes
 
 
 def _format_of(source: Source, options: TokenizeOptions) -> tuple[str, str]:

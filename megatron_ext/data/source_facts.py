@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from megatron_ext.data.sources import Source
 from megatron_ext.data.sources.places import open_filesystem
+from megatron_ext.data.sources.rows import arrow_batches
 from megatron_ext.errors import MegatronFlowsError, SourceError
 
 CHUNK = 4 << 20
+REQUESTS = 8
+"""To servers at once."""
+FileState = list[int] | str
 MARKS = ("sha256", "blob_id", "etag", "ETag", "checksum", "md5", "content_md5", "md5Hash", "version_id", "ino")
 """What file systems say of a file that changes with its content."""
 TIMES = ("mtime", "last_modified", "LastModified", "modified", "updated", "created")
@@ -23,9 +28,8 @@ TIMES = ("mtime", "last_modified", "LastModified", "modified", "updated", "creat
 class SourceFacts:
     """Digest of each file, and how many rows all of them have, where that is cheap to know."""
 
-    def __init__(self, sources: list[Source]) -> None:
-        self._sources = sources
-        self._states = [file_state(source) for source in sources]
+    def __init__(self, sources: list[Source], states: list[FileState]) -> None:
+        self._sources, self._states = sources, states
         self._digests: list[Future[str]] = [Future() for _ in sources]
         self._rows: list[int | None] = [None] * len(sources)
         self._stopped = False
@@ -46,15 +50,14 @@ class SourceFacts:
         """
         return self._digests[number].result()
 
-    def require_unchanged(self) -> None:
-        """Refuse files that changed since the start.
+    def changed(self) -> list[Source]:
+        """Files that are no longer what they were at the start.
 
         Raises:
-            SourceError: names the file.
+            SourceError: one cannot be looked at.
         """
-        for source, state in zip(self._sources, self._states, strict=True):
-            if file_state(source) != state:
-                raise SourceError(f"{source} changed while it was read; run this again when it is written")
+        now = zip(self._sources, self._states, file_states(self._sources), strict=True)
+        return [source for source, before, state in now if before != state]
 
     def stop(self) -> None:
         """End the thread."""
@@ -64,7 +67,8 @@ class SourceFacts:
     def _find(self) -> None:
         for number, source in enumerate(self._sources):
             try:
-                digest = self._local(number, source) if not source.is_url else remote_digest(source)
+                state = self._states[number]
+                digest = state if isinstance(state, str) else self._local(number, source)
                 self._digests[number].set_result(digest)
             except (MegatronFlowsError, OSError) as error:
                 self._digests[number].set_exception(
@@ -75,25 +79,41 @@ class SourceFacts:
         self._known.set()
 
     def _local(self, number: int, source: Source) -> str:
-        lines = source.compression is None and source.kind in (".jsonl", ".txt")
-        hasher, count, last = xxhash.xxh3_128(), 0, b""
+        lines = (
+            _Lines(source.kind) if source.compression is None and source.kind in (".jsonl", ".txt", ".csv") else None
+        )
+        hasher = xxhash.xxh3_128()
         with open(source.path, "rb", buffering=0) as file:
             while not self._stopped and (chunk := file.read(CHUNK)):
                 hasher.update(chunk)
-                if lines:
-                    count, last = count + chunk.count(b"\n"), chunk[-1:]
-        if lines:
-            self._rows[number] = count + (last not in (b"", b"\n"))
+                if lines is not None:
+                    lines.take(chunk)
+        if lines is not None:
+            self._rows[number] = lines.rows
         elif source.kind == ".parquet" and source.compression is None:
-            self._rows[number] = _parquet_rows(source)
+            self._rows[number] = _columnar_rows(_parquet_rows, source)
+        elif source.kind == ".arrow" and source.compression is None:
+            self._rows[number] = _columnar_rows(_arrow_rows, source)
         return hasher.hexdigest()
 
 
-def file_state(source: Source) -> list[int] | None:
-    """Size, time of change and inode of a file; None for a URL."""
+def file_states(sources: Sequence[Source]) -> list[FileState]:
+    """What tells whether each file is still the same: size, time of change and inode, or a URL's ``remote_digest``.
+
+    Raises:
+        SourceError: a file is gone, or as ``remote_digest``.
+    """
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(_file_state, sources))
+
+
+def _file_state(source: Source) -> FileState:
     if source.is_url:
-        return None
-    stat = os.stat(source.path)
+        return remote_digest(source)
+    try:
+        stat = os.stat(source.path)
+    except OSError as error:
+        raise SourceError(f"cannot look at data file {source}: {error.strerror}; check the path") from None
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
@@ -105,6 +125,7 @@ def remote_digest(source: Source) -> str:
     """
     filesystem, path = open_filesystem(source.path)
     try:
+        filesystem.invalidate_cache(path)  # or a listing of long ago may answer
         info = filesystem.info(path)
     except FileNotFoundError:
         raise SourceError(f"data file {source} does not exist; check the URL") from None
@@ -128,11 +149,46 @@ def _marks(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     return []
 
 
-def _parquet_rows(source: Source) -> int | None:
+class _Lines:
+    """Counts lines; of csv the records, for which line breaks in quotes are none, without the header."""
+
+    def __init__(self, kind: str) -> None:
+        self._csv, self._count, self._last, self._quoted = kind == ".csv", 0, b"", False
+
+    def take(self, chunk: bytes) -> None:
+        self._last = chunk[-1:]
+        if not self._csv or (not self._quoted and b'"' not in chunk):
+            self._count += chunk.count(b"\n")
+            return
+        values = np.frombuffer(chunk, dtype=np.uint8)
+        quotes = np.flatnonzero(values == ord('"'))
+        before = np.searchsorted(quotes, np.flatnonzero(values == ord("\n"))) + self._quoted
+        self._count += int((before % 2 == 0).sum())
+        self._quoted = bool((len(quotes) + self._quoted) % 2)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the file, when all of it was taken."""
+        return max(0, self._count + (self._last not in (b"", b"\n")) - self._csv)
+
+
+def _columnar_rows(count: Callable[[Source], int], source: Source) -> int | None:
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        return parquet.read_metadata(source.path).num_rows
+        return count(source)
     except (pyarrow.ArrowException, OSError):
         return None  # its reader says what is wrong with it
+
+
+def _parquet_rows(source: Source) -> int:
+    from pyarrow import parquet
+
+    return parquet.read_metadata(source.path).num_rows
+
+
+def _arrow_rows(source: Source) -> int:
+    import pyarrow
+
+    with pyarrow.memory_map(source.path) as mapped:
+        return sum(map(len, arrow_batches(mapped, ())))

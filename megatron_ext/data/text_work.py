@@ -64,6 +64,11 @@ class TextBlock:
     skipped: Counts
     first: bool
 
+    @property
+    def ends_source(self) -> bool:
+        """Whether the file ends here."""
+        return self.batch is None
+
 
 def text_blocks(sources: list[Source], column: str, position: tuple[int, int], *, skip: bool) -> Iterator[TextBlock]:
     """The blocks of all files, from behind ``position`` (source, row)."""

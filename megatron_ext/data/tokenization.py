@@ -43,7 +43,7 @@ from megatron_ext.data.shards import Shards, clear, left_start
 from megatron_ext.data.source_facts import SourceFacts
 from megatron_ext.data.sources import Source
 from megatron_ext.data.tokenizers import tokenizer_file
-from megatron_ext.errors import DatasetFormatError, RowFormatError, UserError, WorkerFailedError
+from megatron_ext.errors import DatasetFormatError, RowFormatError, SourceError, UserError, WorkerFailedError
 from megatron_ext.events import Events
 from megatron_ext.folders import full_disk_named
 from megatron_ext.worker import Job
@@ -158,7 +158,7 @@ def _tell(plan: Plan, events: Events) -> None:
 def _build(plan: Plan, out: Path, workers: int, events: Events) -> DatasetManifest:
     left = left_start(out, plan.identity)
     start = Start(**left) if left else _start(plan)
-    facts = SourceFacts(plan.sources)
+    facts = SourceFacts(plan.sources, plan.states)
     proof = _proven_meanwhile(plan) if start.engine == GIGATOKEN else Future()
     try:
         try:
@@ -239,8 +239,10 @@ def _kept_if_any(shards: Shards) -> Iterator[Shards]:
 
 def _require_sound(plan: Plan, shards: Shards, facts: SourceFacts) -> None:
     """Refuse, shards and all, what another attempt would make no better."""
+    changed = facts.changed()
     try:
-        facts.require_unchanged()
+        if changed:
+            raise SourceError(f"{changed[0]} changed while it was read; run this again when it is written")
         _require_sensible(plan, shards.total)
     except UserError:
         shards.discard()

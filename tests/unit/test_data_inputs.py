@@ -1,5 +1,7 @@
 """What an input of `data.files` means: files, globs, folders, weights, URLs; one that means nothing is named."""
 
+import os
+
 import pytest
 from data_files import TEXTS, packed, texts_of, write_texts
 
@@ -140,3 +142,10 @@ def test_a_tokenized_dataset_in_a_folder_is_no_data(tmp_path):
     assert names(expand([tmp_path])) == ["a.jsonl", "manifest.json"]
     with pytest.raises(SourceError, match="out holds no data files"):
         expand([tmp_path / "out"])
+
+
+def test_what_can_be_read_once_alone_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for given in (tmp_path / "pipe.jsonl", "-", "/dev/null", f"2:{tmp_path}/pipe.jsonl"):
+        with pytest.raises(SourceError, match=r"is no regular file, .* write it to a file first"):
+            expand([given])

@@ -178,3 +178,32 @@ def test_a_stage_that_failed_goes_on_in_its_partial_folder(tmp_path, model, monk
     assert next(event["done"] for event in watcher.events if event["event"] == "progress") == 30
     assert manifest.summary["documents"] == 60
     assert not (Path(Store.current().partial("dataset", manifest.fingerprint)) / "shards.jsonl").exists()
+
+
+def test_what_was_left_of_a_url_whose_content_changed_is_no_start(tmp_path, model, monkeypatch):
+    import fsspec
+
+    memory, url = fsspec.filesystem("memory"), "memory://resuming/a.jsonl"
+    later = write_jsonl(tmp_path / "b.jsonl", [{"text": 3}])
+    try:
+        memory.pipe("/resuming/a.jsonl", b'{"text": "old"}\n')
+        with pytest.raises(DatasetFormatError, match="the first 1 rows are tokenized and kept"):
+            tokenize([url, later], model, tmp_path / "out", events=Events(), format="text")
+        memory.pipe("/resuming/a.jsonl", b'{"text": "new"}\n')
+        tokenize([url, later], model, tmp_path / "out", events=Events(), format="text", on_bad_row="skip")
+        tokenize([url, later], model, tmp_path / "whole", events=Events(), format="text", on_bad_row="skip")
+        assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+        opened = opening._open_stored
+
+        @contextmanager
+        def changing(source):
+            with opened(source) as stream:
+                yield stream
+            memory.pipe("/resuming/a.jsonl", b'{"text": "newer"}\n')
+
+        monkeypatch.setattr(opening, "_open_stored", changing)
+        with pytest.raises(SourceError, match="changed while it was read"):
+            tokenize([url], model, tmp_path / "other", events=Events(), format="text")
+        assert not list((tmp_path / "other").iterdir())
+    finally:
+        memory.rm("/resuming", recursive=True)

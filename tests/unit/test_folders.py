@@ -1,6 +1,7 @@
 """--out: published whole or not at all."""
 
 import errno
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_a_link_that_is_overwritten_leaves_what_it_points_to(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "place"]
 
 
-def test_two_commands_on_one_out_exclude_each_other(tmp_path):
+def test_two_commands_on_one_out_exclude_each_other(tmp_path, capsys):
     started, refused = threading.Event(), []
 
     def second():
@@ -112,7 +113,10 @@ def test_two_commands_on_one_out_exclude_each_other(tmp_path):
         thread.start()
         started.wait()
         (partial / "a").write_text("first")
+        while "waiting" not in (told := capsys.readouterr().err):
+            assert thread.is_alive()
     thread.join()
+    assert told == f"waiting for process {os.getpid()}, which writes {tmp_path / 'out'}\n"
     assert len(refused) == 1
     assert contents(tmp_path / "out") == {"a": "first"}
 

@@ -1,7 +1,7 @@
 """Where training data comes from: files, globs, folders and URLs, as rows or as Arrow batches of one text column."""
 
 from megatron_ext.data.sources.columns import BLOCK_BYTES, ColumnBatch, column_batches
-from megatron_ext.data.sources.places import COMPRESSIONS, KINDS, Source, as_source, expand, require_file
+from megatron_ext.data.sources.places import COMPRESSIONS, KINDS, Meter, Source, as_source, expand, require_file
 from megatron_ext.data.sources.rows import OnBad, Row, read_rows
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "COMPRESSIONS",
     "KINDS",
     "ColumnBatch",
+    "Meter",
     "OnBad",
     "Row",
     "Source",

@@ -26,7 +26,7 @@ from megatron_ext.data.sources.rows import (
     read_rows,
     text_lines,
 )
-from megatron_ext.errors import DatasetFormatError
+from megatron_ext.errors import DatasetFormatError, EmptyFileError
 
 if TYPE_CHECKING:
     import numpy
@@ -102,7 +102,7 @@ def column_batches(
                 place.row = batch.last_row
                 yield batch
     if empty:
-        raise DatasetFormatError(f"{source} holds no rows; remove it from the list or fill it")
+        raise EmptyFileError(f"{source} holds no rows; remove it from the list or fill it")
 
 
 # --- from rows --------------------------------------------------------------------------------------------------

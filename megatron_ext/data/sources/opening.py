@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
-from megatron_ext.data.sources.places import Source, open_filesystem, require_file
-from megatron_ext.errors import DatasetFormatError, RowFormatError, SourceError
+from megatron_ext.data.sources.places import Meter, Source, open_filesystem, require_file
+from megatron_ext.errors import DatasetFormatError, EmptyFileError, RowFormatError, SourceError
 
 if TYPE_CHECKING:
     pass
@@ -79,7 +79,7 @@ def open_bytes(source: Source) -> Iterator[IO[bytes]]:
             yield stored
             return
         if not (head := stored.read(4)):  # Arrow takes an empty file for a truncated one
-            raise DatasetFormatError(f"{source} is empty; remove it from the list or fill it")
+            raise EmptyFileError(f"{source} holds no rows; remove it from the list or fill it")
         stored.seek(-len(head), 1)
         with pyarrow.CompressedInputStream(pyarrow.PythonFile(stored, "r"), source.compression) as stream:
             yield stream  # type: ignore[misc]
@@ -104,7 +104,7 @@ def _open_stored(source: Source) -> Iterator[IO[bytes]]:
     require_file(source)
     if not source.is_url:
         with open(source.path, "rb") as file:
-            yield file
+            yield _metered(file, source.meter)
         return
     filesystem, path = open_filesystem(source.path)
     try:
@@ -115,7 +115,29 @@ def _open_stored(source: Source) -> Iterator[IO[bytes]]:
         why = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(f"cannot open {source}: {why}; check the URL, the network and your credentials") from None
     with file:
-        yield file
+        yield _metered(file, source.meter)
+
+
+def _metered(file: Any, meter: Meter | None) -> Any:
+    if meter is None:
+        return file
+    meter.read = 0
+    return _Metered(file, meter)
+
+
+class _Metered:
+    """A file that tells a meter what is read."""
+
+    def __init__(self, file: Any, meter: Meter) -> None:
+        self._file, self._meter = file, meter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        chunk = self._file.read(size)
+        self._meter.read += len(chunk)
+        return chunk
 
 
 def chunks(stream: IO[bytes], size: int = CHUNK_BYTES) -> Iterator[bytes]:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +26,13 @@ WEIGHT = re.compile(r"(\d+(?:\.\d*)?(?:[eE][-+]?\d+)?):(?=.)")
 MAGIC = re.compile(r"[*?\[]")
 
 
+class Meter:
+    """Bytes of a file, as stored, that were read since it was opened last."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+
 @dataclass(frozen=True)
 class Source:
     """One file of training data.
@@ -36,12 +43,14 @@ class Source:
             files of one glob or folder carry the weight of their input.
         input: what the user wrote, and the file came from.
         entry: number of that input among all that were given; files of one entry share its weight.
+        meter: told how much is read, where somebody wants to know.
     """
 
     path: str
     weight: float = 1.0
     input: str = ""
     entry: int | None = None
+    meter: Meter | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.path
@@ -88,14 +97,17 @@ def require_file(source: Source | str | Path) -> None:
     """Refuse what no reader can read, without opening it; a URL is judged by its name alone.
 
     Raises:
-        SourceError: missing, a folder, or of an unsupported kind.
+        SourceError: missing, a folder, a pipe, or of an unsupported kind.
     """
     source = as_source(source)
-    if not source.is_url and Path(source.path).is_dir():
+    path = None if source.is_url else Path(source.path)
+    if path is not None and path.is_dir():
         raise SourceError(f"{source} is a folder; name the files in it ({SUPPORTED})")
+    if path is not None and (source.path == "-" or (path.exists() and not path.is_file())):
+        raise SourceError(f"{source} is no regular file, and data is read more than once; write it to a file first")
     if source.kind not in KINDS:
         raise SourceError(f"{source} is of no supported kind; supported: {SUPPORTED}")
-    if not source.is_url and not Path(source.path).exists():
+    if path is not None and not path.exists():
         raise SourceError(f"data file {source} does not exist; check the path")
 
 

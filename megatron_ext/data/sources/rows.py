@@ -16,7 +16,7 @@ from typing import Any
 from megatron_ext.data.sources.json_array import elements, first_character
 from megatron_ext.data.sources.opening import CHUNK_BYTES, Place, line_blocks, named_faults, open_bytes, open_seekable
 from megatron_ext.data.sources.places import Source, as_source, require_file
-from megatron_ext.errors import DatasetFormatError
+from megatron_ext.errors import DatasetFormatError, EmptyFileError
 
 Row = tuple[int, Any]
 """Number of the row in its file, and its value (an object, if the file fits any format)."""
@@ -60,7 +60,7 @@ def read_rows(
             empty = False
             yield row
     if empty:
-        raise DatasetFormatError(f"{source} holds no rows; remove it from the list or fill it")
+        raise EmptyFileError(f"{source} holds no rows; remove it from the list or fill it")
 
 
 def holds_lines(source: Source) -> bool:
@@ -168,8 +168,16 @@ def _read_csv(place: Place, columns: Collection[str], start: int, bad: OnBad) ->
         if repeated := {name for name in header if header.count(name) > 1}:
             raise place.error(f"the header names {', '.join(sorted(repeated))} more than once")
         number = 0
-        while (values := _next_record(records, place, number + 1)) is not None:
+        while True:
             number += 1
+            try:
+                values = _next_record(records, place, number)
+            except DatasetFormatError as error:  # the next record starts with the next line
+                if number > start:
+                    bad(number, error)
+                continue
+            if values is None:
+                return
             if number <= start:
                 continue
             if len(values) != len(header):
@@ -226,7 +234,7 @@ def _read_parquet(place: Place, columns: Collection[str], start: int, bad: OnBad
         groups, number = groups_after(file, start)
         rows = _rows_at_once(file.metadata, columns)
         for batch in file.iter_batches(batch_size=rows, columns=names, row_groups=groups):
-            yield from _batch_rows(batch, number, start, place)
+            yield from _batch_rows(batch, number, start, place, bad)
             number += len(batch)
 
 
@@ -253,7 +261,7 @@ def _read_arrow(place: Place, columns: Collection[str], start: int, bad: OnBad) 
     number = 0
     with open_seekable(place.source) as stored:
         for batch in arrow_batches(stored, columns):
-            yield from _batch_rows(batch, number, start, place)
+            yield from _batch_rows(batch, number, start, place, bad)
             number += len(batch)
 
 
@@ -271,13 +279,40 @@ def arrow_batches(stored: Any, columns: Collection[str]) -> Iterator[Any]:
         yield from map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
 
 
-def _batch_rows(batch: Any, before: int, start: int, place: Place) -> Iterator[Row]:
+def _batch_rows(batch: Any, before: int, start: int, place: Place, bad: OnBad) -> Iterator[Row]:
     skipped = min(max(start - before, 0), len(batch))
     rows = max(1, min(COLUMNAR_BATCH, COLUMNAR_BYTES * len(batch) // max(batch.nbytes, 1)))
     for at in range(skipped, len(batch), rows):
-        for number, row in enumerate(batch.slice(at, rows).to_pylist(), before + at + 1):
+        for number, row in _values(batch.slice(at, rows), before + at + 1, place, bad):
             place.row = number
             yield number, row
+
+
+def _values(batch: Any, number: int, place: Place, bad: OnBad) -> Iterator[Row]:
+    """The rows of a batch; ``number`` is the first one's. One that is not UTF-8 is told alone."""
+    from pyarrow import types
+
+    nested = [name for name, type in zip(batch.schema.names, batch.schema.types, strict=True) if types.is_nested(type)]
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(batch) > 1:
+            for at in range(len(batch)):
+                yield from _values(batch.slice(at, 1), number + at, place, bad)
+        else:
+            bad(number, place.error(f"is not UTF-8 ({error.reason} at byte {error.start} of a value)", number))
+        return
+    for at, row in enumerate(rows, number):
+        for name in nested:
+            row[name] = _said(row[name])
+        yield at, row
+
+
+def _said(value: Any) -> Any:
+    """A nested value without members that are null: Arrow gives every struct of a column the members of all others."""
+    if isinstance(value, dict):
+        return {name: _said(member) for name, member in value.items() if member is not None}
+    return [_said(member) for member in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, Callable[[Place, Collection[str], int, OnBad], Iterator[Row]]] = {
