@@ -117,8 +117,8 @@ def check_kind(kind: str, train: TrainConfig, runtime: RuntimeConfig) -> None:
     tp, length = runtime.tensor_model_parallel_size, train.seq_length
     if runtime.sequence_parallel and length % tp and (kind == "text" or runtime.virtual_pipeline_model_parallel_size):
         raise ParallelismError(
-            f"runtime.sequence_parallel shares sequences out over tensor_model_parallel_size {tp}, which does not divide "
-            f"train.seq_length {length}; take {length // tp * tp or tp}, or set sequence_parallel to false"
+            f"runtime.sequence_parallel shares sequences out over tensor_model_parallel_size {tp}, which does not "
+            f"divide train.seq_length {length}; take {length // tp * tp or tp}, or set sequence_parallel to false"
         )
 
 

@@ -120,10 +120,10 @@ class Passes:
         return total / count
 
     def broken_weights(self) -> int:
-        """How many of the weights' tensors, over all ranks, hold a value that is not finite."""
-        weights = [p for chunk in self.chunks for p in chunk.parameters()]
-        broken = sum((~torch.isfinite(p.detach()).all()).to(torch.float32) for p in weights)
-        found = torch.as_tensor(broken, dtype=torch.float32, device=torch.cuda.current_device()).clone()
+        """How many of the weights' tensors, over all ranks, have a norm that is not finite in fp32."""
+        weights = [parameter.detach() for chunk in self.chunks for parameter in chunk.parameters()]
+        norms = torch.stack([torch.linalg.vector_norm(weight, dtype=torch.float32) for weight in weights])
+        found = (~torch.isfinite(norms)).sum().to(torch.float32)
         dist.all_reduce(found)
         return int(found)
 

@@ -112,7 +112,9 @@ class Watch:
         step = self._trainer.state.step
         if broken := self._trainer.broken_weights():
             self._saver.distrust(step + 1, self._events)
-            self._stop(step, f"{broken} of the weights' tensors are not finite after step {step}")
+            self._stop(
+                step, f"{broken} of the weights' tensors are not finite, or their squares are not, after step {step}"
+            )
 
     def validated(self, diary: Diary) -> bool:
         """Validate where it is due and was not done yet; False if a stop was asked for meanwhile.
