@@ -36,6 +36,7 @@ OUTPUT_VERSION = 3
 """Of what is written for the same input; leftovers of another version are not gone on with."""
 SMALL_BYTES = 4 << 20
 """Up to this much data one process and the reference do the work: anything faster would not have started by then."""
+NAMED_FILES = 3
 PACKED = 4
 """How much larger compressed data may be when it is read."""
 KINDS: dict[str, Kind] = {"text": "text", "preference": "preference"}
@@ -47,7 +48,7 @@ class Plan:
     """A tokenization whose input was checked as far as it can be without reading all of it.
 
     Attributes:
-        sources, formats, whys: the files, the format of each, and what decided it.
+        sources, formats, whys: the files, the format of each, and what decided it (one sentence for each reason).
         kind: of the dataset.
         folder: the Hugging Face folder with the tokenizer.
         template: how conversations are rendered; None for text.
@@ -145,7 +146,7 @@ def make_plan(
     return Plan(
         sources,
         list(formats),
-        [*whys, *notes],
+        [*_grouped(sources, whys), *notes],
         kind,
         options,
         folder,
@@ -192,6 +193,18 @@ def _format_of(source: Source, options: TokenizeOptions) -> tuple[str, str]:
     columns = {} if source.kind == ".txt" else options.columns  # its lines have one name, whatever other files say
     rows = read_rows(source, wanted_columns(AUTO, columns), on_bad=skipped)
     return detect_format(islice(rows, SNIFFED_ROWS), source, columns)
+
+
+def _grouped(sources: Sequence[Source], whys: Sequence[str]) -> list[str]:
+    """One sentence for all files of the same reason."""
+    names: dict[str, dict[str, None]] = {}
+    for source, why in zip(sources, whys, strict=True):
+        names.setdefault(why.removeprefix(f"{source.name}: "), {})[source.name] = None
+    grouped = []
+    for why, held in names.items():
+        more = f" and {len(held) - NAMED_FILES} more" if len(held) > NAMED_FILES else ""
+        grouped.append(f"{', '.join([*held][:NAMED_FILES])}{more}: {why}")
+    return grouped
 
 
 def _kind(sources: Sequence[Source], formats: Sequence[str]) -> Kind:

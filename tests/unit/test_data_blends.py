@@ -79,3 +79,11 @@ def test_columns_are_for_the_files_that_have_some(tmp_path, model):
         columns={"text": "body"},
     )
     assert open_dataset(tmp_path / "out").facts["documents"] == 3
+
+
+def test_the_same_reason_is_told_once_for_all_files(tmp_path, model):
+    files = [texts(tmp_path / "web" / f"{number}.jsonl", 2) for number in range(5)]
+    by_library(files, model, tmp_path / "out")
+    why = open_dataset(tmp_path / "out").facts["why"]
+    assert why.startswith("0.jsonl, 1.jsonl, 2.jsonl and 2 more: all of the first 2 rows have text")
+    assert why.count("rows have text") == 1
