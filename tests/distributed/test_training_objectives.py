@@ -76,6 +76,15 @@ def test_preference_training_starts_at_log_two_and_learns_the_margin(base: Path)
     assert last["margin"] == pytest.approx(last["reward_chosen"] - last["reward_rejected"], abs=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_reference_computes_as_the_training_does(base: Path, precision: str) -> None:
+    """Before the first update a pair's margin is not almost nothing but nothing, in 16 bits too."""
+    settings = {"precision": precision, "train_iters": 2, "initial_loss_scale": 256.0}
+    out = preferred(base, precision, settings, {"micro_batch_size": 2})
+    assert [column(out, name)[0] for name in ("margin", "reward_chosen", "reward_rejected")] == [0, 0, 0]
+    assert column(out, "margin")[1] != 0
+
+
 @pytest.mark.distributed
 def test_preferences_under_pipeline_stages_equal_one_process_with_the_reference_made_before(base: Path) -> None:
     """The reference is a job of its own there, as the flow has it."""
