@@ -26,6 +26,7 @@ def apply(platform: str) -> None:
         )
     _own_step_for_each_parameter()
     _restore_states_without_gradient()
+    _cut_states_of_several_buckets()
     _write_in_this_process()
     _route_without_transformer_engine()
     _give_the_padding_mask_to_every_layer()
@@ -80,6 +81,37 @@ def _own_step_for_each_parameter() -> None:
                 state["step"] = state["step"].detach().clone()
 
     DistributedOptimizer.load_state_dict = load
+
+
+def _cut_states_of_several_buckets() -> None:
+    """The optimizer's state in the ``fully_reshardable`` format is gathered without the padding between buckets, then
+    cut at places that count it: what is saved of the second bucket and all after it is shifted, without a word.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    def save(self: Any, *arguments: Any, **named: Any) -> Any:
+        kept = [buffer.param_index_map for buffer in self.buffers]
+        for buffer in self.buffers:
+            buffer.param_index_map = _places_without_padding(buffer)
+        try:
+            return original(self, *arguments, **named)
+        finally:
+            for buffer, places in zip(self.buffers, kept, strict=True):
+                buffer.param_index_map = places
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = save
+
+
+def _places_without_padding(buffer: Any) -> dict[Any, tuple[int, int, int]]:
+    """First and last place and bucket of every parameter of ``buffer``, as if its buckets had no padding."""
+    padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+    before = [sum(padding[:number]) for number in range(len(padding))]
+    return {
+        parameter: (start - before[bucket], end - before[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
 
 
 def _write_in_this_process() -> None:

@@ -115,7 +115,7 @@ def _trained_losses(batch: Batch, output: torch.Tensor, vocab_size: int) -> tupl
 
 
 def _parts(total: torch.Tensor, count: int, trained: int, sums: dict[str, torch.Tensor] | None = None) -> LossParts:
-    seen = {"loss": total.detach().double(), "count": count, "tokens": trained, **(sums or {})}
+    seen = {"loss": total.detach(), "count": count, "tokens": trained, **(sums or {})}
     return total, torch.tensor(count, dtype=torch.int, device=total.device), seen
 
 

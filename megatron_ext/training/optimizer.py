@@ -11,6 +11,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.platforms import megatron_fixes
 
+MIN_LOSS_SCALE = 1.0
+"""fp16: below it the scale does not fall, however often a step overflows."""
+
 
 def data_parallel(
     model: Any, train: TrainConfig, runtime: RuntimeConfig, *, first: bool = True
@@ -55,6 +58,7 @@ def adamw(models: list[DistributedDataParallel], train: TrainConfig, runtime: Ru
         fp16=train.precision == "fp16",
         initial_loss_scale=train.initial_loss_scale,
         loss_scale_window=train.loss_scale_window,
+        min_loss_scale=MIN_LOSS_SCALE,
         params_dtype=models[0].config.params_dtype,
         use_distributed_optimizer=runtime.use_distributed_optimizer,
         overlap_param_gather=runtime.overlap_param_gather,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ext.errors import TrainingDivergedError
 from megatron_ext.guard import STOP
 from megatron_ext.model.routing import routing_metrics
 from megatron_ext.platforms.base import Platform
@@ -13,13 +14,17 @@ from megatron_ext.training.checkpoints import TrainingState
 from megatron_ext.training.layout import parameters
 from megatron_ext.training.losses import LanguageLoss, PreferenceLoss
 from megatron_ext.training.metrics import StepResult
-from megatron_ext.training.optimizer import adamw, data_parallel, reduce_once_a_step
+from megatron_ext.training.optimizer import MIN_LOSS_SCALE, adamw, data_parallel, reduce_once_a_step
 from megatron_ext.training.passes import Passes
 from megatron_ext.training.reference import reference_log_probabilities
 from megatron_ext.training.saving import Saver
 from megatron_ext.training.schedule import learning_rate, scheduler
 from megatron_ext.training.setup import Setup
+from megatron_ext.training.state import last_checkpoint
+from megatron_ext.training.watch import shown
 
+SKIPS = 20
+"""Steps in a row that may overflow at the smallest loss scale."""
 SUMS = ("loss", "count", "tokens")
 """What every loss says of a micro batch, beside its own metrics."""
 
@@ -40,7 +45,7 @@ class Trainer(Passes):
 
     def __init__(self, setup: Setup, platform: Platform, saver: Saver) -> None:
         super().__init__(setup, platform)
-        self.setup, self.saver = setup, saver
+        self.setup, self.saver, self._skipped = setup, saver, 0
         train, vocab_size = setup.train, setup.manifest.vocab_size
         if setup.reference is None:
             self.loss = LanguageLoss(vocab_size, train.loss_normalization)
@@ -73,18 +78,33 @@ class Trainer(Passes):
         return Computed(means.pop("loss"), int(sums[2]), stops > 0, writing > 0, means)
 
     def update(self, computed: Computed) -> StepResult:
-        """Apply the gradients, unless a gradient overflowed in fp16: then the scale falls and nothing else changes."""
+        """Apply the gradients, unless a gradient overflowed in fp16: then the scale falls and nothing else changes.
+
+        Raises:
+            TrainingDivergedError: at the smallest scale, too, all of the last ``SKIPS`` steps overflowed.
+        """
         lr, scaled = learning_rate(self.state.optimizer), {}
         if self.setup.train.precision == "fp16":
             scaled["loss_scale"] = float(self.state.optimizer.get_loss_scale().item())
         applied, grad_norm, _ = self.state.optimizer.step()
+        self.state.step += 1
         if scaled:
             scaled["skipped"] = float(not applied)
+            self._count_skips(applied, scaled["loss_scale"])
         if applied:
             self.state.scheduler.step(1)
-        self.state.step += 1
-        norm = float(grad_norm if grad_norm is not None else 0.0)
+        norm = None if grad_norm is None else float(grad_norm)
         return StepResult(computed.loss, computed.tokens, lr, norm, {**computed.metrics, **scaled})
+
+    def _count_skips(self, applied: bool, scale: float) -> None:
+        self._skipped = 0 if applied or scale > MIN_LOSS_SCALE else self._skipped + 1
+        if self._skipped == SKIPS:
+            step = self.state.step
+            raise TrainingDivergedError(
+                f"the gradients of step {step} overflow in fp16 at the smallest loss scale {scale:g}, as those of the "
+                f"{SKIPS - 1} steps before; its samples were {shown(self.setup.plan.sample_ids(step - 1))}; last "
+                f"checkpoint: {last_checkpoint(self.setup.out)}; take train.precision bf16, or lower train.lr"
+            )
 
     def validate(self) -> dict[str, float]:
         """Means over the validation set, by name; empty without one."""

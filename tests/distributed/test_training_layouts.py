@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from training import column, run, write_checkpoint, write_dataset, write_job, write_text
+from safetensors.torch import load_file, save_file
+from tiny import write_model
+from training import column, records, run, write_checkpoint, write_dataset, write_job, write_text
 
 from megatron_ext.events import Events
+from megatron_ext.weights.convert import convert
 from megatron_ext.weights.export import export
 from megatron_ext.weights.manifest import read_manifest, write_latest
 
@@ -21,6 +23,13 @@ PP2 = {"nproc_per_node": 2, "pipeline_model_parallel_size": 2}
 DP2 = {"nproc_per_node": 2}
 CP2 = {"nproc_per_node": 2, "context_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+GATHER = {**DP2, "overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 10_000}
+KEEP = {"save_interval": 2, "keep_every": 2}
+WAYS = {
+    "selective": {"recompute_granularity": "selective"},
+    "uniform": {"recompute_granularity": "full", "recompute_num_layers": 2},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -105,24 +114,31 @@ def test_ranks_that_share_the_context_equal_one_process(base: Path) -> None:
     ("name", "runtime"), [("from-tp2", TP2), pytest.param("from-dp2", DP2, marks=pytest.mark.slow)]
 )
 def test_a_training_goes_on_as_one_process(base: Path, name: str, runtime: dict) -> None:
-    trained(base, name, {**runtime, "save_interval": 2, "keep_every": 2})
+    trained(base, name, runtime | KEEP)
+    assert_same(base / "one", resumed(base, name, {}))
+
+
+def resumed(base: Path, name: str, runtime: dict) -> Path:
+    """The training ``name``, done again from its state after step 2."""
     out = Path(shutil.copytree(base / name, base / f"{name}-on", ignore=shutil.ignore_patterns("iter_0000004")))
     write_latest(out, 2)
     state = json.loads((out / "training_state.json").read_text())
     (out / "training_state.json").write_text(json.dumps(state | {"summary": None}))
-    events = run(write_job(out, base / "base" / "checkpoint", base / "data"))
+    events = run(write_job(out, base / "base" / "checkpoint", base / "data", runtime=runtime))
     assert any("resumed after step 2" in event.get("text", "") for event in events)
-    assert_same(base / "one", out)
+    return out
 
 
-def test_recomputation_changes_no_digit(base: Path) -> None:
-    ways = {
-        "selective": {"recompute_granularity": "selective"},
-        "uniform": {"recompute_granularity": "full", "recompute_num_layers": 2},
-        "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
-    }
-    for name, runtime in ways.items():
-        assert_same(base / "one", trained(base, name, runtime), tolerance=0)
+@pytest.mark.parametrize("way", WAYS)
+def test_recomputation_changes_no_digit(base: Path, way: str) -> None:
+    assert_same(base / "one", trained(base, way, WAYS[way]), tolerance=0)
+
+
+@pytest.mark.distributed
+def test_overlapped_communication_in_several_buckets_changes_nothing_and_goes_on_from_its_state(base: Path) -> None:
+    whole = trained(base, "gather", GATHER | KEEP)
+    assert_same(base / "one", whole)
+    assert_same(base / "one", resumed(base, "gather", GATHER | KEEP))
 
 
 def test_fp16_finds_its_loss_scale_and_follows_fp32(base: Path) -> None:
@@ -131,6 +147,26 @@ def test_fp16_finds_its_loss_scale_and_follows_fp32(base: Path) -> None:
     assert column(out, "loss_scale")[0] > column(out, "loss_scale")[-1]
     assert column(out, "skipped")[-1] == 0.0
     assert column(out, "loss")[0] == pytest.approx(column(base / "one", "loss")[0], abs=1e-3)
+    assert ["grad_norm" in record for record in records(out)] == [s == 0 for s in column(out, "skipped")]
+
+
+def test_fp16_that_overflows_at_the_smallest_scale_stops(base: Path) -> None:
+    """The losses are finite, but the embedding is so small beside the last norm that its gradient is not."""
+    hf, checkpoint, out = write_model(base / "steep"), base / "steep-checkpoint", base / "fp16-dead"
+    weights = load_file(hf / "model.safetensors")
+    weights["model.norm.weight"] *= 1e3
+    weights["model.embed_tokens.weight"] *= 1e-4
+    save_file(weights, hf / "model.safetensors", metadata={"format": "pt"})
+    checkpoint.mkdir()
+    convert(hf, checkpoint, dtype=None, events=Events())
+    data = write_dataset(base / "steep-data", checkpoint, [40] * 20)
+    settings = {"precision": "fp16", "initial_loss_scale": 2.0, "train_iters": 30, "seq_length": 48}
+    job = write_job(out, checkpoint, data, settings | {"global_batch_size": 1})
+    (error,) = [e for e in run(job, expect=1) if e["event"] == "error"]
+    assert error["type"] == "TrainingDivergedError"
+    assert "overflow in fp16 at the smallest loss scale 1, as those of the 19 steps before" in error["message"]
+    assert [record["loss_scale"] for record in records(out)] == [2.0] * 2 + [1.0] * 19
+    assert set(column(out, "skipped")) == {1.0}
 
 
 def test_micro_batch_size_does_not_change_the_result(base: Path) -> None:
