@@ -18,7 +18,7 @@ import pytest
 from training import column, events, run, start, write_checkpoint, write_dataset, write_job
 
 from megatron_ext.folders import digest_file
-from megatron_ext.weights.manifest import LATEST, latest_folder, read_latest
+from megatron_ext.weights.manifest import LATEST, latest_folder, read_latest, read_manifest
 
 TRAIN = {"train_iters": 9, "hidden_dropout": 0.1}
 RUNTIME = {"save_interval": 3}
@@ -32,6 +32,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dataset(folder / "data", checkpoint, np.random.default_rng(1).integers(5, 60, 60).tolist())
     run(job(folder, "whole"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def of_two(base: Path) -> Path:
+    """The uninterrupted training of two data-parallel ranks."""
+    run(job(base, "whole-of-two", nproc_per_node=2))
+    return base / "whole-of-two"
 
 
 def job(base: Path, name: str, **runtime: object) -> Path:
@@ -108,7 +115,7 @@ def test_checkpoints_written_beside_the_training_are_as_good_and_those_asked_for
 
 
 @pytest.mark.distributed
-def test_a_job_that_hangs_ends_with_its_stacks_in_the_log_and_goes_on_when_run_again(base: Path) -> None:
+def test_a_job_that_hangs_ends_with_its_stacks_in_the_log_and_goes_on_when_run_again(base: Path, of_two: Path) -> None:
     hung, out = job(base, "hung", nproc_per_node=2, hang_timeout=12, grace_seconds=1), base / "hung"
     worker = start(hung)
     deadline = time.monotonic() + 120
@@ -123,7 +130,36 @@ def test_a_job_that_hangs_ends_with_its_stacks_in_the_log_and_goes_on_when_run_a
     assert "Timeout (0:00:12)!" in log
     assert "megatron_ext/training/loop.py" in log, "the stack says where it hung"
     run(hung)
-    assert column(out, "step") == list(range(1, 10))
+    assert_equal(of_two, out)
+
+
+@pytest.mark.distributed
+def test_sigterm_to_the_launcher_of_two_ranks_saves_and_ends_with_0_and_goes_on_bit_for_bit(
+    base: Path, of_two: Path
+) -> None:
+    asked, out = job(base, "launched", nproc_per_node=2), base / "launched"
+    assert kill_when(start(asked), step_done(asked, 1), signal.SIGTERM) == 0
+    (stopped,) = [e["step"] for e in events(asked) if e["event"] == "interrupted"]
+    assert (read_latest(out), read_manifest(out).iteration) == (stopped, stopped)
+    assert stopped < 9
+    run(asked)
+    assert_equal(of_two, out)
+
+
+@pytest.mark.distributed
+def test_two_tensor_parallel_ranks_that_were_killed_end_bit_for_bit_as_uninterrupted(base: Path) -> None:
+    layout = {"nproc_per_node": 2, "tensor_model_parallel_size": 2, "grace_seconds": 1}
+    run(job(base, "whole-tp", **layout))
+    killed = job(base, "killed-tp", **layout)
+    worker = start(killed)
+    deadline = time.monotonic() + 120
+    while not (ranks := [e["pids"] for e in events(killed) if e["event"] == "ranks"]):
+        assert worker.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert kill_when(worker, step_done(killed, 4), signal.SIGKILL, ranks[0][1:]) != 0
+    run(killed)
+    assert_equal(base / "whole-tp", base / "killed-tp")
 
 
 @pytest.mark.distributed
