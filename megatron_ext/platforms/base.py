@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from abc import ABC, abstractmethod
 
@@ -36,6 +37,10 @@ class Platform(ABC):
         has no fp32 kernel.
         """
         return precision != "fp32" and self.transformer_engine()
+
+    def notes(self) -> list[str]:
+        """Sentences for the person who starts a training here: what it does without."""
+        return []
 
     @abstractmethod
     def device_name(self) -> str:
@@ -73,6 +78,24 @@ def select(name: str) -> Platform:
     if why := known[name].missing():
         raise PlatformError(f"runtime.platform {name}: {why}")
     return known[name]
+
+
+def require_transformer_engine(name: str) -> None:
+    """Refuse fp8 where Transformer Engine cannot be, without importing it: a broken install is found by the ranks.
+
+    Args:
+        name: of the platform, or ``auto``.
+
+    Raises:
+        PlatformError: says what is missing, and the remedy.
+    """
+    if name not in ("cuda", "auto"):
+        raise PlatformError(f"train.precision fp8 needs Transformer Engine, which {name} has not; take bf16")
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise PlatformError(
+            "train.precision fp8 needs Transformer Engine, which is not installed; install "
+            "transformer-engine[pytorch,core_cu13] on a machine with NVIDIA GPUs, or take bf16"
+        )
 
 
 def default_environment(**variables: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+from functools import cached_property
 
 from megatron_ext.platforms.base import Platform, default_environment
 
@@ -50,13 +52,22 @@ class CUDA(Platform):
 
     def transformer_engine(self) -> bool:
         """True when Transformer Engine and its torch extension import; a broken install is as good as none."""
+        return self._transformer_engine is None
+
+    def notes(self) -> list[str]:
+        why = self._transformer_engine
+        return [] if why is None else [f"layers are megatron-core's own with torch's attention: {why}"]
+
+    @cached_property
+    def _transformer_engine(self) -> str | None:
+        """Why Transformer Engine cannot be used; None if it can."""
         if importlib.util.find_spec("transformer_engine") is None:
-            return False
+            return "transformer_engine is not installed"
         try:
-            import transformer_engine.pytorch  # noqa: F401
-        except (ImportError, OSError, RuntimeError):
-            return False
-        return True
+            importlib.import_module("transformer_engine.pytorch")
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"transformer_engine is installed, but does not import ({type(error).__name__}: {error})"
+        return None
 
     def device_name(self) -> str:
         import torch

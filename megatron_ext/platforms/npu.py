@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 
 from megatron_ext.platforms.base import Platform, default_environment
 
@@ -26,11 +27,16 @@ class NPU(Platform):
 
     def prepare(self) -> None:
         default_environment(
+            CPU_AFFINITY_CONF="1",  # each rank stays on the cores near its device
             CUDA_DEVICE_MAX_CONNECTIONS="1",
             HCCL_CONNECT_TIMEOUT="1200",
+            HCCL_EXEC_TIMEOUT="1800",  # as long as torch.distributed waits
+            HCCL_IF_BASE_PORT="64000",  # hccl's own 60000 is among the ports that Linux gives to connections
             PYTORCH_NPU_ALLOC_CONF="expandable_segments:True",
             TASK_QUEUE_ENABLE="1",
         )
+        if network := os.environ.get("GLOO_SOCKET_IFNAME"):
+            default_environment(HCCL_SOCKET_IFNAME=network)
         importlib.import_module("torch_npu")
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
         importlib.import_module("mindspeed.megatron_adaptor")

@@ -102,6 +102,8 @@ def announce(events: Events, platform: Platform, num_threads: int) -> None:
 
     pids: list[int | None] = [None] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
+    for sentence in platform.notes():
+        events.note(sentence)
     events.emit("ranks", pids=pids, platform=platform.name, device=platform.device_name(), num_threads=num_threads)
 
 

@@ -62,4 +62,9 @@ def announce_schedule(events: Events, train: TrainConfig, iterations: int, out: 
         f"step {curve[0][0]}: {curve[0][1]:.3g}, peak at step {peak[0]}: {peak[1]:.3g}, "
         f"step {curve[-1][0]}: {curve[-1][1]:.3g}"
     )
+    if train.lr_warmup_tokens and not warmup_iterations(train):
+        step = train.global_batch_size * train.seq_length
+        events.note(
+            f"no warm-up: train.lr_warmup_tokens {train.lr_warmup_tokens} is less than one step of {step} tokens"
+        )
     events.emit("schedule", points=curve)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.config_files import validated
 from megatron_ext.data.datasets import Dataset, open_dataset
-from megatron_ext.errors import ConfigError, PlatformError
+from megatron_ext.errors import ConfigError
 from megatron_ext.folders import require_space
+from megatron_ext.platforms.base import require_transformer_engine
 from megatron_ext.training.layout import check_kind, check_layout, disk_needed
 from megatron_ext.training.plan import Plan, check_vocabulary, make_plan, validation_plan
 from megatron_ext.training.state import RunState, open_run, training_digest
@@ -63,8 +64,8 @@ def read_base(job: Job) -> Base:
     require_torch_dist(manifest, checkpoint)
     dataset = open_dataset(Path(job.inputs["dataset"]))
     started = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
-    if train.precision == "fp8" and job.runtime.platform == "cpu":
-        raise PlatformError("train.precision fp8 needs Transformer Engine, which a CPU has not; take bf16")
+    if train.precision == "fp8":
+        require_transformer_engine(job.runtime.platform)
     check_layout(manifest.architecture, train, job.runtime, started)
     check_kind(dataset.kind, train, job.runtime)
     check_vocabulary(manifest, dataset)

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ext.config import RuntimeConfig, TrainConfig
 from megatron_ext.data.idxmap import IdxmapWriter
-from megatron_ext.errors import ConfigError, DatasetFormatError, ParallelismError, SourceError, UserError
+from megatron_ext.errors import ConfigError, DatasetFormatError, ParallelismError, PlatformError, SourceError, UserError
 from megatron_ext.families.base import Architecture
 from megatron_ext.training.layout import check_layout, disk_needed, parameters
 from megatron_ext.training.plan import make_plan, planned_iterations
@@ -101,6 +101,20 @@ def test_processes_of_a_foreign_torchrun_must_share_the_global_batch(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ParallelismError, match=r"global_batch_size 3 .* data-parallel size 2"):
         prepare(job)
+
+
+def test_fp8_without_transformer_engine_is_refused_before_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    inputs = {
+        "checkpoint": str(checkpoint(tmp_path / "checkpoint")),
+        "dataset": str(dataset(tmp_path / "data", [[1] * 9])),
+    }
+    job = Job(job="train", config=config(precision="fp8").model_dump(), inputs=inputs, out=tmp_path / "out")
+    for platform in ("auto", "cpu"):
+        with pytest.raises(PlatformError, match=r"train\.precision fp8 needs Transformer Engine"):
+            prepare(job.model_copy(update={"runtime": RuntimeConfig(platform=platform)}))
 
 
 def test_data_order_is_a_function_of_seed_and_step_and_covers_each_epoch_once(tmp_path: Path) -> None:
