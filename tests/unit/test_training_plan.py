@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,6 +202,18 @@ def test_parameters_are_counted_as_transformers_counts_them() -> None:
     model = transformers.AutoModelForCausalLM.from_config(shape)
     assert parameters(tied) == sum(p.numel() for p in model.parameters())
     assert disk_needed(tied) > 32 * parameters(tied)
+
+
+def test_room_is_asked_for_every_checkpoint_that_stays() -> None:
+    def checkpoints(iterations: int, **runtime: Any) -> float:
+        kept = RuntimeConfig(save_interval=10, **runtime)
+        return (disk_needed(MODEL, kept, iterations) - 4 * parameters(MODEL)) / (16 * parameters(MODEL))
+
+    assert checkpoints(100) == 2, "the last one, and the one that is being written"
+    assert checkpoints(100, keep_last=4) == 5
+    assert checkpoints(15, keep_last=4) == 2, "there are no more"
+    assert checkpoints(100, keep_every=20) == 2 + 5
+    assert checkpoints(100, keep_final_state=True) == 3
 
 
 @pytest.mark.parametrize(
