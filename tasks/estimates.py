@@ -64,5 +64,7 @@ def disk_needed(plan: Sequence[Planned], architecture: Architecture) -> int:
     weights = parameters(architecture)
     converting = next((p for p in plan if p.stage == "convert-checkpoint"), None)
     size = weights * BYTES_OF[converting.build.config["dtype"] if converting else None]
-    sizes = {"convert-checkpoint": size, "train-model": training_disk(architecture), "export-checkpoint": size}
+    training, steps = to_build.get("train-model"), steps_to_run(plan)
+    kept = training_disk(architecture, training.build.runtime if training else None, steps.last if steps else None)
+    sizes = {"convert-checkpoint": size, "train-model": kept, "export-checkpoint": size}
     return sum(needed for stage, needed in sizes.items() if stage in to_build) + 50_000_000
