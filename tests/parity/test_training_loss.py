@@ -36,23 +36,28 @@ def train_on_all(base: Path, name: str, packing: bool, alignment: int = 16) -> P
 
 
 def transformers_loss(base: Path) -> float:
-    """Mean loss of the trained tokens of all samples, cut to 64 tokens, each alone, labels masked with -100."""
+    """Mean loss of the trained tokens of all samples."""
+    mask, means = Idxmap(base / "data" / "loss_mask"), transformers_means(base)
+    counts = {n: int(mask[n][1:64].sum()) for n in means}
+    return sum(means[n] * counts[n] for n in means) / sum(counts.values())
+
+
+def transformers_means(base: Path) -> dict[int, float]:
+    """Mean loss of each sample's trained tokens, cut to 64 tokens, each alone, labels masked with -100."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base / "base" / "hf").eval()
     tokens, mask = Idxmap(base / "data" / "tokens"), Idxmap(base / "data" / "loss_mask")
-    total = count = 0.0
+    means = {}
     for n in range(len(tokens)):
         ids = torch.from_numpy(tokens[n][:64].astype(np.int64))[None]
         kept = torch.from_numpy(mask[n][:64].astype(bool))[None]
         labels = ids.masked_fill(~kept, -100)
-        trained = int(kept[:, 1:].sum())
-        if trained:
+        if kept[:, 1:].any():
             with torch.no_grad():
-                total += model(ids, labels=labels).loss.item() * trained
-            count += trained
-    return total / count
+                means[n] = model(ids, labels=labels).loss.item()
+    return means
 
 
 def test_loss_of_masked_labels_equals_transformers_and_packing_changes_nothing(base: Path) -> None:
@@ -64,6 +69,27 @@ def test_loss_of_masked_labels_equals_transformers_and_packing_changes_nothing(b
         assert column(packed, name) == column(separate, name)
     assert [sorted(r["sample_ids"]) for r in records(packed)] == [sorted(r["sample_ids"]) for r in records(separate)]
     assert column(packed, "padding")[0] < 0.2 < 0.5 < column(separate, "padding")[0]
+
+
+@pytest.mark.parametrize(
+    "packing", [pytest.param(True, id="packed"), pytest.param(False, id="separate", marks=pytest.mark.slow)]
+)
+def test_the_loss_by_sequence_is_the_mean_of_the_samples_means(base: Path, packing: bool) -> None:
+    settings = {"packing": packing, "loss_normalization": "sequence", "train_iters": 3, "lr_warmup_iters": 0}
+    settings["global_batch_size"] = 4 if packing else 8
+    found = {}
+    for micro in (1, 4):
+        found[micro] = base / f"sequence-{packing}-{micro}"
+        job = write_job(
+            found[micro], base / "base" / "checkpoint", base / "data", settings, {"micro_batch_size": micro}
+        )
+        run(job)
+    means = transformers_means(base)
+    first = records(found[1])[0]["sample_ids"]
+    assert len(first) > 4
+    assert column(found[1], "loss")[0] == pytest.approx(np.mean([means[n] for n in first]), abs=1e-5)
+    assert column(found[4], "loss") == pytest.approx(column(found[1], "loss"), abs=1e-5)
+    assert column(found[4], "grad_norm") == pytest.approx(column(found[1], "grad_norm"), rel=1e-5)
 
 
 def test_alignment_moves_samples_apart_and_changes_nothing(base: Path) -> None:
