@@ -52,19 +52,47 @@ LAYOUTS: dict[tuple[str, int], dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 LAUNCH = """
+import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ext.events import Events
+from megatron_ext.training import parallel
 from megatron_ext.training.job import run
 from megatron_ext.worker import Job
 
+prepared = parallel.parallel_state
+
+@contextmanager
+def recording(*arguments):
+    with prepared(*arguments) as platform:
+        import torch
+        from megatron_ext.model.routing import routing_metrics
+        from megatron_ext.training import steps
+
+        def record(routers, layers, count):
+            chosen = torch.zeros(layers, routers[0].num_experts)
+            for router in routers:
+                chosen[router.layer_number - 1] = router.seen[:-2]
+            torch.distributed.all_reduce(chosen)
+            if torch.distributed.get_rank() == 0:
+                with (job.out / "choices.jsonl").open("a") as file:
+                    file.write(json.dumps(chosen.tolist()) + chr(10))
+            return routing_metrics(routers, layers, count)
+
+        steps.routing_metrics = record
+        yield platform
+
 if __name__ == "__main__":
+    parallel.parallel_state = recording
     for argument in sys.argv[1:]:
         os.environ["MASTER_PORT"], path = argument.split(":", 1)
-        run(Job.model_validate_json(Path(path).read_text()), Events())
+        job = Job.model_validate_json(Path(path).read_text())
+        run(job, Events())
 """
+"""Beside each training of experts, ``choices.jsonl``: of each step, how many tokens every expert of every layer got."""
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +170,8 @@ def test_every_layout_has_the_losses_and_weights_of_one_process(base: Path, mode
     (base / f"{model}-{data}.json").write_text(json.dumps(found, indent=1))
     wrong = {name: far for name, far in found.items() if far["loss"] > 1e-5 or far["weights"] > 5e-4}
     assert not wrong, found
+    flipped = {name: far["flipped"] for name, far in found.items() if far["flipped"]}
+    assert not flipped, f"tokens between two experts went to the other one: {flipped}"
     losses = column(base / f"{model}-{data}-one", "loss")
     assert len(set(losses)) > 15, "the loss never moved"
 
@@ -154,4 +184,15 @@ def difference(base: Path, model: str, one: str, other: str) -> dict[str, float]
     columns = {
         name: float(np.abs(np.subtract(column(base / one, name), column(base / other, name))).max()) for name in names
     }
-    return {**columns, "weights": max(far.values())}
+    return {**columns, "weights": max(far.values()), "flipped": flipped(base / one, base / other)}
+
+
+def flipped(one: Path, other: Path) -> float:
+    """How many choices of experts differ at least, over all steps and layers; 0 of a dense model."""
+    choices = [place / "choices.jsonl" for place in (one, other)]
+    if not choices[0].exists():
+        return 0
+    counts, others = (np.asarray([json.loads(line) for line in path.read_text().splitlines()]) for path in choices)
+    assert counts.shape == others.shape
+    assert counts.sum() > 0
+    return float(np.abs(counts - others).sum() / 2)
