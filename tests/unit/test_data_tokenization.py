@@ -184,8 +184,9 @@ def test_a_mask_of_all_ones_or_all_zeros_is_refused(tmp_path, model, text, probl
 
 
 def test_a_row_without_tokens_and_a_row_that_is_no_text_are_named(tmp_path, model):
-    (tmp_path / "t.jinja").write_text("{% generation %}{{ messages[1].content }}{% endgeneration %}")
-    path = write_jsonl(tmp_path / "a.jsonl", [ROWS[0], {"messages": chat("a", "")}])
+    spoken = "{% if messages[0].content != 'silence' %}{{ messages[1].content }}{% endif %}"
+    (tmp_path / "t.jinja").write_text("{% generation %}" + spoken + "{% endgeneration %}")
+    path = write_jsonl(tmp_path / "a.jsonl", [ROWS[0], {"messages": chat("silence", "b")}])
     with pytest.raises(DatasetFormatError, match=r"row 2: renders to no tokens at all"):
         tokenized(path, model, tmp_path / "out", chat_template=str(tmp_path / "t.jinja"))
     path.write_text(json.dumps({"messages": chat("a", "\ud83d half")}))
