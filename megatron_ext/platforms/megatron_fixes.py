@@ -34,6 +34,7 @@ def apply(platform: str) -> None:
         _random_state_on_cpu()
         _dispatch_on_cpu()
         _exchange_uneven_parts_on_cpu()
+        _leave_a_rank_alone_on_cpu()
 
 
 def _random_state_on_cpu() -> None:
@@ -217,6 +218,24 @@ def _exchange_uneven_parts_on_cpu() -> None:
         return parts[group.rank()]
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_parts, scatter_sums
+
+
+def _leave_a_rank_alone_on_cpu() -> None:
+    """Not a bug, a cost: one data-parallel rank sums and gathers its own buffers in place, which gloo does by copying
+    them on threads of its own. From then on OpenMP counts more threads than cores, so that torch's sleep while they
+    wait for each other: a step takes a third longer.
+    """
+    from megatron.core.distributed import param_and_grad_buffer as module
+
+    gather, scatter = module.dist_all_gather_func, module.dist_reduce_scatter_func
+
+    def gather_of_several(output: Any, own: Any, group: Any = None, async_op: bool = False) -> Any:
+        return gather(output, own, group=group, async_op=async_op) if group.size() > 1 else None
+
+    def scatter_of_several(own: Any, whole: Any, op: Any, group: Any = None, async_op: bool = False) -> Any:
+        return scatter(own, whole, op=op, group=group, async_op=async_op) if group.size() > 1 else None
+
+    module.dist_all_gather_func, module.dist_reduce_scatter_func = gather_of_several, scatter_of_several
 
 
 def torch_adamw(optimizer: Any) -> list[Any]:
