@@ -176,7 +176,7 @@ def _threads(plan: Plan, name: str, workers: int) -> Iterator[Submit]:
     def worker() -> text_work.TextWorker:
         engine: Engine = reference
         if name == GIGATOKEN:
-            engine = GigatokenEngine(plan.tokenizer.to_str(), reference, threads)  # type: ignore[union-attr]
+            engine = GigatokenEngine(plan.definition, reference, threads)
         return text_work.TextWorker(engine, reference, plan.finish)  # type: ignore[arg-type]
 
     pool = PerThread(threads, worker)

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.metadata import version
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -234,7 +234,7 @@ def refusal(definition: str) -> str | None:
     or be NFC, whose results never change for characters that Unicode 3.2 knows; any other normalizer rests on tables
     that differ between Unicode versions, and so between engines.
     """
-    parsed = json.loads(definition)
+    parsed = _parsed(definition)
     model = parsed.get("model") or {}
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         return f"its model is {model.get('type', 'of no named type')}, not BPE"
@@ -246,7 +246,12 @@ def refusal(definition: str) -> str | None:
 
 def normalizes(definition: str) -> bool:
     """Whether the tokenizer composes characters (NFC)."""
-    return "NFC" in _normalizers(json.loads(definition).get("normalizer"))
+    return "NFC" in _normalizers(_parsed(definition).get("normalizer"))
+
+
+@lru_cache(maxsize=1)
+def _parsed(definition: str) -> dict[str, Any]:
+    return json.loads(definition)
 
 
 def _normalizers(normalizer: dict[str, Any] | None) -> list[str]:

@@ -67,6 +67,11 @@ class Plan:
     vocab_size: int
     id_limit: int
 
+    @cached_property
+    def definition(self) -> str:
+        """The text of tokenizer.json as ``tokenizers`` understood it; a Python tokenizer has none."""
+        return self.tokenizer.to_str()  # type: ignore[union-attr]
+
     @property
     def dtype(self) -> np.dtype:
         """Type of token ids on disk."""

@@ -192,7 +192,7 @@ def _start(plan: Plan) -> Start:
         return Start(PYTHON, "slow_tokenizer was asked for", moment)
     if plan.is_small:
         return Start(TOKENIZERS, "there is too little data for another engine", moment)
-    if reason := refusal(plan.tokenizer.to_str()):  # type: ignore[union-attr]
+    if reason := refusal(plan.definition):
         return Start(TOKENIZERS, f"gigatoken is not used: {reason}", moment)
     return Start(GIGATOKEN, "", moment)
 

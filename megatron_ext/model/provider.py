@@ -65,6 +65,7 @@ def transformer_config(
         persist_layer_norm=fused,
         **_recomputation(runtime),
         use_te_activation_func=own_gate(architecture, on_cpu),  # not Transformer Engine's: the one that the spec names
+        gradient_accumulation_fusion=on_cpu,
         bias_activation_fusion=not on_cpu and architecture.activation in ("silu", "gelu"),
         bias_dropout_fusion=not on_cpu,
     )

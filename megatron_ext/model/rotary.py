@@ -113,3 +113,33 @@ class PositionedRotary(RotaryEmbedding):
             positions = torch.from_numpy(own_places(positions, rank, ranks)).to(self.inv_freq.device) + offset
         angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def rotate(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """(T, B, A, D) queries or keys turned by (T, 1, 1, D) angles, the halves of D as real and imaginary part."""
+    turns = getattr(angles, "turns", None)
+    if turns is None or turns[0].dtype != heads.dtype:
+        half = angles[..., : angles.size(-1) // 2]
+        turns = angles.turns = half.cos().to(heads.dtype), half.sin().to(heads.dtype)
+    return _Rotation.apply(heads, *turns)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turned(heads, cosine, sine, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _turned(gradient, *ctx.saved_tensors, back=True), None, None
+
+
+def _turned(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, back: bool) -> torch.Tensor:
+    (real, imaginary), result = heads.chunk(2, -1), torch.empty_like(heads)
+    new_real, new_imaginary = result.chunk(2, -1)
+    torch.mul(real, cosine, out=new_real)
+    torch.mul(imaginary, cosine, out=new_imaginary)
+    new_real.sub_(imaginary * sine, alpha=-1 if back else 1)
+    new_imaginary.add_(real * sine, alpha=-1 if back else 1)
+    return result

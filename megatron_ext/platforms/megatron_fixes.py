@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import types
 from typing import Any
 
 from megatron_ext.errors import PlatformError
@@ -35,6 +36,8 @@ def apply(platform: str) -> None:
         _dispatch_on_cpu()
         _exchange_uneven_parts_on_cpu()
         _leave_a_rank_alone_on_cpu()
+        _accumulate_gradients_on_cpu()
+        _rotate_without_copies_on_cpu()
 
 
 def _random_state_on_cpu() -> None:
@@ -236,6 +239,42 @@ def _leave_a_rank_alone_on_cpu() -> None:
         return scatter(own, whole, op=op, group=group, async_op=async_op) if group.size() > 1 else None
 
     module.dist_all_gather_func, module.dist_reduce_scatter_func = gather_of_several, scatter_of_several
+
+
+def _accumulate_gradients_on_cpu() -> None:
+    """Not a bug, a limit: ``gradient_accumulation_fusion`` is written for CUDA. A BLAS adds a product to what is there
+    as well, where all are of one type.
+    """
+    import torch
+    from megatron.core.tensor_parallel import layers
+
+    def accumulate(inputs: torch.Tensor, gradient: torch.Tensor, total: torch.Tensor) -> None:
+        if gradient.dtype == total.dtype:
+            total.addmm_(gradient.t(), inputs)
+        else:
+            total.add_(gradient.t().matmul(inputs))
+
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
+    layers._grad_accum_fusion_available = True
+
+
+def _rotate_without_copies_on_cpu() -> None:
+    """Not a bug, a cost: the fused rotary embedding is written for CUDA; the other one computes the same cosines in
+    every layer and copies queries and keys four times.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_ext.model.rotary import rotate
+
+    original = rope_utils._apply_rotary_pos_emb_bshd
+
+    def apply(heads: Any, angles: Any, rotary_interleaved: bool = False, *rest: Any, **named: Any) -> Any:
+        plain = not rotary_interleaved and not rest and not named.get("multi_latent_attention")
+        if plain and named.get("mscale", 1.0) == 1.0 and angles.size(-1) == heads.size(-1):
+            return rotate(heads, angles)
+        return original(heads, angles, rotary_interleaved, *rest, **named)
+
+    rope_utils._apply_rotary_pos_emb_bshd = apply
 
 
 def torch_adamw(optimizer: Any) -> list[Any]:

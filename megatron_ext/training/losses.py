@@ -38,12 +38,31 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int) ->
     ranks, columns = parallel_state.get_tensor_model_parallel_world_size(), logits.size(-1)
     if ranks == 1:
         own = logits if columns == vocab_size else logits[:, :vocab_size]
-        return F.cross_entropy(own, labels, reduction="none")
+        return _CrossEntropy.apply(own, labels)
     first = parallel_state.get_tensor_model_parallel_rank() * columns
     own = min(max(vocab_size - first, 0), columns)
     if own < columns:
         logits = torch.cat([logits[:, :own], logits.new_full((len(logits), columns - own), -1e30)], 1)
     return vocab_parallel_cross_entropy(logits[:, None], labels[:, None])[:, 0]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """``F.cross_entropy`` of (T, V) logits whose gradient takes the place of what forward kept: torch's own holds two
+    more arrays of (T, V).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        log_probabilities = F.log_softmax(logits, -1)
+        ctx.save_for_backward(log_probabilities, labels)
+        return -log_probabilities.gather(1, labels[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        log_probabilities, labels = ctx.saved_tensors
+        result = log_probabilities.exp_()
+        result.scatter_add_(1, labels[:, None], result.new_full((len(labels), 1), -1.0))
+        return result.mul_(gradient[:, None]), None
 
 
 @dataclass(frozen=True)
