@@ -124,7 +124,7 @@ class ChatWorker:
         self._template = spec.chat_template()
         self._engine: GigatokenEngine | None = None
         if spec.engine == GIGATOKEN:
-            self._engine = GigatokenEngine(reference.tokenizer.to_str(), reference)  # type: ignore[union-attr]
+            self._engine = GigatokenEngine(reference.definition, reference)
             self._masks = MaskMaker(self._engine, reference)
 
     def work(self, block: ChatBlock) -> Done:

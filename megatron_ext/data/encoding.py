@@ -7,7 +7,6 @@ characters of each token, and must give the same ids.
 
 from __future__ import annotations
 
-import json
 from itertools import chain
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from megatron_ext.data.documents import Batch, from_zero
 from megatron_ext.data.engine_proof import EngineDiffersError
-from megatron_ext.data.engines import REFERENCE_BYTES, GigatokenEngine, Ids, ReferenceEngine, Texts, portions
+from megatron_ext.data.engines import REFERENCE_BYTES, GigatokenEngine, Ids, ReferenceEngine, Texts, parsed, portions
 from megatron_ext.data.rendering import Rendered, Span
 
 BLANK = "▁".encode()
@@ -84,7 +83,7 @@ class MaskMaker:
 
     def __init__(self, engine: GigatokenEngine, reference: ReferenceEngine) -> None:
         self._reference = reference
-        definition = json.loads(reference.tokenizer.to_str())  # type: ignore[union-attr]
+        definition = parsed(reference.definition)
         self._trims = _trims_offsets(definition.get("post_processor"))
         table = engine.token_bytes
         tokens = [table.data[a:b].tobytes() for a, b in zip(table.bounds[:-1], table.bounds[1:], strict=True)]

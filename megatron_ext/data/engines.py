@@ -118,6 +118,11 @@ class ReferenceEngine:
         self.tokenizer = tokenizer
         self.name = TOKENIZERS if type(tokenizer).__module__.startswith("tokenizers") else PYTHON
 
+    @cached_property
+    def definition(self) -> str:
+        """The text of tokenizer.json as ``tokenizers`` understood it; a Python tokenizer has none."""
+        return self.tokenizer.to_str()  # type: ignore[union-attr]
+
     def encode(self, texts: Texts) -> Ids:
         """Ids of the texts, a part at a time."""
         parts: list[np.ndarray] = []
@@ -234,23 +239,24 @@ def refusal(definition: str) -> str | None:
     or be NFC, whose results never change for characters that Unicode 3.2 knows; any other normalizer rests on tables
     that differ between Unicode versions, and so between engines.
     """
-    parsed = _parsed(definition)
-    model = parsed.get("model") or {}
+    facts = parsed(definition)
+    model = facts.get("model") or {}
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         return f"its model is {model.get('type', 'of no named type')}, not BPE"
     if model.get("dropout"):
         return "its model drops merges at random"
-    unknown = [kind for kind in _normalizers(parsed.get("normalizer")) if kind not in ("NFC", "Prepend", "Replace")]
+    unknown = [kind for kind in _normalizers(facts.get("normalizer")) if kind not in ("NFC", "Prepend", "Replace")]
     return f"its normalizer {unknown[0]} changes text by tables that differ between engines" if unknown else None
 
 
 def normalizes(definition: str) -> bool:
     """Whether the tokenizer composes characters (NFC)."""
-    return "NFC" in _normalizers(_parsed(definition).get("normalizer"))
+    return "NFC" in _normalizers(parsed(definition).get("normalizer"))
 
 
 @lru_cache(maxsize=1)
-def _parsed(definition: str) -> dict[str, Any]:
+def parsed(definition: str) -> dict[str, Any]:
+    """What a tokenizer.json holds; the last one is kept."""
     return json.loads(definition)
 
 
