@@ -151,7 +151,8 @@ def _redirect_module() -> None:
 
     cuda, stream = torch.cuda, Stream()
 
-    def nothing(*_: Any, **__: Any) -> None: ...
+    def nothing() -> Callable[..., None]:  # a new one for each name: dynamo has rules for each function, by identity
+        return lambda *_, **__: None
 
     cuda.current_device = lambda: torch.device("cpu")
     cuda.device_count = lambda: 1
@@ -165,17 +166,19 @@ def _redirect_module() -> None:
         "ipc_collect",
         "init",
     ]:
-        setattr(cuda, name, nothing)
-    cuda._lazy_init = nothing
+        setattr(cuda, name, nothing())
+    cuda._lazy_init = nothing()
     cuda._lazy_call = lambda callable, **_: callable()
     cuda.Stream, cuda.Event = Stream, Event
-    cuda.current_stream = cuda.default_stream = lambda *_, **__: stream
-    cuda.stream = cuda.device = lambda *_, **__: contextlib.nullcontext()
+    for name in ("current_stream", "default_stream"):
+        setattr(cuda, name, lambda *_, **__: stream)
+    for name in ("stream", "device"):
+        setattr(cuda, name, lambda *_, **__: contextlib.nullcontext())
     for name in ["memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"]:
         setattr(cuda, name, lambda *_, **__: 0)
     cuda.memory_stats = lambda *_, **__: {}
     cuda.mem_get_info = lambda *_, **__: (0, 0)
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = nothing(), nothing()
     cuda.nvtx.range = lambda *_, **__: contextlib.nullcontext()
 
 
@@ -187,9 +190,9 @@ def _redirect_random() -> None:
     for module in (torch.cuda, torch.cuda.random):
         module.get_rng_state = lambda device=None: torch.get_rng_state()
         module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-        module.manual_seed = torch.default_generator.manual_seed
+        module.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
         module.manual_seed_all = lambda seed: None
-        module.initial_seed = torch.initial_seed
+        module.initial_seed = lambda: torch.initial_seed()
 
 
 def _redirect_tensors() -> None:
