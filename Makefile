@@ -31,7 +31,7 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu and not npu" $(PYTEST_ARGS)
 
-# Speed and memory of convert and export beside cp; 10 minutes and 45 GB of disk. BENCH_ARGS='--without-7b' for 10 GB.
+# Speed and memory of convert and export beside cp; 10 minutes and 32 GB of disk. BENCH_ARGS='--without-7b' for 12 GB.
 bench-checkpoints: setup
 	$(BIN)/python tests/benchmarks/bench_checkpoints.py $(BENCH_ARGS)
 

@@ -11,7 +11,7 @@ import torch
 from megatron_ext.families.base import Part, Weight
 from megatron_ext.weights.rules import Move
 
-PIECE_BYTES = 2 << 20
+PIECE_BYTES = 1 << 20
 """Most bytes of rows that are read, transformed and written at once, if one row is not larger: a processor's cache."""
 
 
