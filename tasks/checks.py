@@ -97,9 +97,12 @@ def architecture_of(config: Mapping[str, Any], model: ModelConfig) -> Architectu
 
 def _check_vocabulary(model: ModelConfig, folder: Path, evaluate: EvalConfig | None) -> None:
     """A tokenizer with more tokens than the model will have, or, to be scored as it is, has already."""
-    from megatron_ext.data.tokenizers import load_tokenizer, require_vocabulary
+    from megatron_ext.data.definition import Definition
+    from megatron_ext.data.tokenizers import load_tokenizer, read_vocabulary, require_vocabulary, tokenizer_file
 
-    _, largest = require_vocabulary(load_tokenizer(folder), folder, model.extra_vocab_size)
+    definition = Definition.read(tokenizer_file(folder))
+    vocabulary = read_vocabulary(folder, definition, lambda: load_tokenizer(folder))
+    largest = require_vocabulary(vocabulary, folder, model.extra_vocab_size)
     rows = read_config(folder)["vocab_size"]
     if evaluate and evaluate.baseline and largest >= rows:
         raise VocabularyError(

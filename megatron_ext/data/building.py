@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from megatron_ext.data import chat_work, text_work
+from megatron_ext.data import text_work
 from megatron_ext.data.chat_templates import special_tokens
 from megatron_ext.data.engine_proof import EngineDiffersError, Proof
-from megatron_ext.data.engines import GIGATOKEN, Engine, GigatokenEngine, ReferenceEngine
-from megatron_ext.data.pipeline import Here, PerThread, ordered
+from megatron_ext.data.engines import GIGATOKEN, GigatokenEngine, ReferenceEngine
+from megatron_ext.data.pipeline import ordered
 from megatron_ext.data.plan import Plan
 from megatron_ext.data.shards import Shards
 from megatron_ext.data.source_facts import SourceFacts
@@ -66,31 +67,68 @@ def build(
         EngineDiffersError: the engine is not exact on this tokenizer or data.
         UserError: as ``tokenize``.
     """
-    progress, reading, engine = Progress(events, facts, shards), Reading(plan.sources), start.engine
+    reading, engine = Reading(plan.sources), start.engine
     if plan.kind == "text":
         every, blocks = text_work.SHARD_BLOCKS, _text_blocks(plan, reading.sources, shards)
         submitting = _threads(plan, engine, workers)
     else:
+        from megatron_ext.data import chat_work
+
         every, blocks = chat_work.SHARD_BLOCKS, _chat_blocks(plan, reading.sources, shards)
         submitting = _processes(plan, start, workers)
     held = 0
-    with submitting as submit, ordered(reading.followed(blocks), submit, workers + READ_AHEAD) as results:
+    with (
+        submitting as submit,
+        _Comparisons(plan.reference) as comparisons,
+        ordered(reading.followed(blocks), submit, workers + READ_AHEAD) as results,
+    ):
+        progress = Progress(events, facts, shards)
         for done in results:
             progress.share = reading.shares.popleft()
             shards.add(done.sides, done.counts)
+            progress.tell()
+            comparisons.begin(done)
             held += 1
             if held == every or done.ends_source:
                 require_exact(engine, proof)
+                comparisons.require_equal()
                 shards.finish_shard(done.source, done.row)
                 held = 0
-            progress.tell()
-    progress.tell(last=True)
+        progress.tell(last=True)
 
 
 def require_exact(engine: str, proof: Future[Proof]) -> None:
     """Raise ``EngineDiffersError`` if the stress set failed."""
     if engine == GIGATOKEN and (why := proof.result().why):
         raise EngineDiffersError(why)
+
+
+class _Comparisons:
+    """What the reference must give, too: encoded in a thread of its own, awaited before a shard is finished."""
+
+    def __init__(self, reference: ReferenceEngine) -> None:
+        self._reference, self._pool = reference, ThreadPoolExecutor(1, thread_name_prefix="reference")
+        self._running: list[Future[None]] = []
+
+    def begin(self, done: Done) -> None:
+        """Take up the comparison of a block, if it has one."""
+        if done.comparison is not None and done.comparison.texts.count:
+            self._running.append(self._pool.submit(done.comparison.require_equal, self._reference))
+
+    def require_equal(self) -> None:
+        """Wait for those that were begun.
+
+        Raises:
+            EngineDiffersError: the fast engine is not exact on this data.
+        """
+        while self._running:
+            self._running.pop(0).result()
+
+    def __enter__(self) -> _Comparisons:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Reading:
@@ -164,30 +202,38 @@ def _text_blocks(plan: Plan, sources: list[Source], shards: Shards) -> Iterator[
 
 
 def _chat_blocks(plan: Plan, sources: list[Source], shards: Shards) -> Iterator[Any]:
+    from megatron_ext.data import chat_work
+
     skip = plan.options.on_bad_row == "skip"
     return chat_work.chat_blocks(sources, plan.formats, plan.options.columns, shards.position, skip=skip)
 
 
 @contextmanager
 def _threads(plan: Plan, name: str, workers: int) -> Iterator[Submit]:
-    reference = ReferenceEngine(plan.tokenizer)
-    threads = workers if name == GIGATOKEN else 1  # the reference uses all cores by itself
+    engine: GigatokenEngine | ReferenceEngine = plan.reference  # which uses all cores by itself
+    if name == GIGATOKEN:
+        assert plan.definition is not None
+        engine = GigatokenEngine(plan.definition, plan.reference, workers)
+    worker = text_work.TextWorker(engine, plan.finish)
+    # one thread encodes while another finishes what it encoded
+    with _pool(min(workers, 2) if name == GIGATOKEN else 1) as submit:
+        yield lambda block: submit(worker.work, block)
 
-    def worker() -> text_work.TextWorker:
-        engine: Engine = reference
-        if name == GIGATOKEN:
-            engine = GigatokenEngine(plan.definition, reference, threads)
-        return text_work.TextWorker(engine, reference, plan.finish)  # type: ignore[arg-type]
 
-    pool = PerThread(threads, worker)
+@contextmanager
+def _pool(threads: int) -> Iterator[Callable[..., Future[Any]]]:
+    """Threads that finish what they began and leave out what waits."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
     try:
-        yield lambda block: pool.submit(text_work.TextWorker.work, block)
+        yield pool.submit
     finally:
-        pool.close()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
 def _processes(plan: Plan, start: Start, workers: int) -> Iterator[Submit]:
+    from megatron_ext.data import chat_work
+
     assert plan.template is not None
     spec = chat_work.ChatSpec(
         plan.folder,
@@ -198,9 +244,17 @@ def _processes(plan: Plan, start: Start, workers: int) -> Iterator[Submit]:
         start.engine,
         datetime.fromisoformat(start.moment),
     )
-    if workers == 1 or plan.is_small:
-        worker = chat_work.ChatWorker(spec, ReferenceEngine(plan.tokenizer))
-        yield lambda block: Here().submit(worker.work, block)
+    if workers == 1 or not plan.wants_processes:
+        encoder = chat_work.ChatEncoder(plan.reference, plan.definition if start.engine == GIGATOKEN else None)
+        own = threading.local()  # a template is used by one thread
+
+        def work(block: chat_work.ChatBlock) -> Done:
+            if not hasattr(own, "worker"):
+                own.worker = chat_work.ChatWorker(spec, encoder)
+            return own.worker.work(block)
+
+        with _pool(min(workers, 2)) as submit:  # one thread renders while another encodes
+            yield lambda block: submit(work, block)
         return
     pool = ProcessPoolExecutor(
         workers,

@@ -18,6 +18,7 @@ import numpy as np
 from megatron_ext.config import TokenizeOptions
 from megatron_ext.data.chat_templates import TemplateSource
 from megatron_ext.data.counts import Counts
+from megatron_ext.data.definition import Definition
 from megatron_ext.data.documents import Batch, Finish
 from megatron_ext.data.encoding import MaskMaker, encode_by_reference
 from megatron_ext.data.engine_proof import Comparison
@@ -26,7 +27,7 @@ from megatron_ext.data.formats import Conversation, Preference, parse_row, wante
 from megatron_ext.data.rendering import ChatTemplate, Rendered
 from megatron_ext.data.sources import Source, read_rows
 from megatron_ext.data.text_work import Done, Skipped
-from megatron_ext.data.tokenizers import load_tokenizer
+from megatron_ext.data.tokenizers import load_tokenizer, tokenizer_file
 from megatron_ext.errors import ChatTemplateError, DatasetFormatError, RowFormatError
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 2 << 20
@@ -112,20 +113,45 @@ class ChatSpec:
 
     def worker(self) -> ChatWorker:
         """A worker for this process."""
-        tokenizer = load_tokenizer(self.tokenizer, slow=self.options.slow_tokenizer)
-        return ChatWorker(self, ReferenceEngine(tokenizer))
+        reference = ReferenceEngine(load_tokenizer(self.tokenizer, slow=self.options.slow_tokenizer))
+        definition = Definition.read(tokenizer_file(self.tokenizer)) if self.engine == GIGATOKEN else None
+        return ChatWorker(self, ChatEncoder(reference, definition))
+
+
+class ChatEncoder:
+    """Rendered documents to ids and masks; threads may share it. Without ``definition`` the reference does the work."""
+
+    def __init__(self, reference: ReferenceEngine, definition: Definition | None) -> None:
+        self._reference = reference
+        self._engine: GigatokenEngine | None = None
+        if definition is not None:
+            self._engine = GigatokenEngine(definition, reference)
+            self._masks = MaskMaker(self._engine, reference)
+
+    def encode(self, documents: list[Rendered], rows: np.ndarray, block: ChatBlock, counts: Counts) -> Batch:
+        """The documents of these rows of a block; what was compared is counted.
+
+        Raises:
+            EngineDiffersError: the fast engine is not exact on this data.
+        """
+        if self._engine is None:
+            return encode_by_reference(self._reference, documents)
+        texts = Texts.of_strings(document.text for document in documents)
+        ids = self._engine.encode(texts)
+        counts.reference_documents += ids.from_reference
+        comparison = Comparison.of(texts, ids, rows, block.place, first=block.first)
+        comparison.require_equal(self._reference)
+        counts.compared_documents += comparison.texts.count
+        counts.compared_bytes += int(comparison.texts.bounds[-1])
+        return Batch(ids.values, self._masks.mask(documents, texts, ids), ids.lengths)
 
 
 class ChatWorker:
     """Turns blocks of rows into documents with masks; used by one thread at a time."""
 
-    def __init__(self, spec: ChatSpec, reference: ReferenceEngine) -> None:
-        self._spec, self._reference = spec, reference
+    def __init__(self, spec: ChatSpec, encoder: ChatEncoder) -> None:
+        self._spec, self._encoder = spec, encoder
         self._template = spec.chat_template()
-        self._engine: GigatokenEngine | None = None
-        if spec.engine == GIGATOKEN:
-            self._engine = GigatokenEngine(reference.definition, reference)
-            self._masks = MaskMaker(self._engine, reference)
 
     def work(self, block: ChatBlock) -> Done:
         """The documents of a block: one side of a conversation, two of a preference.
@@ -150,7 +176,7 @@ class ChatWorker:
         if not documents:
             return Done(block.source, block.row, block.ends_source, counts=counts)
         rows = np.array(numbers, dtype=np.int64)
-        sides = [self._encoded(list(side), rows, block, counts) for side in zip(*documents, strict=True)]
+        sides = [self._encoder.encode(list(side), rows, block, counts) for side in zip(*documents, strict=True)]
         sides = self._filled(sides, rows, block, counts)
         sides, cuts = self._spec.finish.apply(sides, text=False)
         counts.add(cuts)
@@ -191,19 +217,6 @@ class ChatWorker:
             # an error with a signature of its own would not come back from another process
             raise DatasetFormatError(str(error)) if isinstance(error, RowFormatError) else error
         counts.add(Counts(skipped=1, named=[str(error)]))
-
-    def _encoded(self, documents: list[Rendered], rows: np.ndarray, block: ChatBlock, counts: Counts) -> Batch:
-        if self._engine is None:
-            return encode_by_reference(self._reference, documents)
-        texts = Texts.of_strings(document.text for document in documents)
-        before = self._engine.reference_documents
-        ids = self._engine.encode(texts)
-        counts.reference_documents += self._engine.reference_documents - before
-        comparison = Comparison(self._reference)
-        comparison.check(texts, ids, rows, block.place, first=block.first)
-        counts.compared_documents += comparison.documents
-        counts.compared_bytes += comparison.bytes
-        return Batch(ids.values, self._masks.mask(documents, texts, ids), ids.lengths)
 
     def _filled(self, sides: list[Batch], rows: np.ndarray, block: ChatBlock, counts: Counts) -> list[Batch]:
         """The documents that have tokens on every side; one without is a bad row."""

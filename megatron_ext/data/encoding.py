@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_ext.data.documents import Batch, from_zero
 from megatron_ext.data.engine_proof import EngineDiffersError
-from megatron_ext.data.engines import REFERENCE_BYTES, GigatokenEngine, Ids, ReferenceEngine, Texts, parsed, portions
+from megatron_ext.data.engines import REFERENCE_BYTES, GigatokenEngine, Ids, ReferenceEngine, Texts, portions
 from megatron_ext.data.rendering import Rendered, Span
 
 BLANK = "▁".encode()
@@ -83,11 +83,10 @@ class MaskMaker:
 
     def __init__(self, engine: GigatokenEngine, reference: ReferenceEngine) -> None:
         self._reference = reference
-        definition = parsed(reference.definition)
-        self._trims = _trims_offsets(definition.get("post_processor"))
+        self._trims = _trims_offsets(engine.definition.facts.get("post_processor"))
         table = engine.token_bytes
         tokens = [table.data[a:b].tobytes() for a, b in zip(table.bounds[:-1], table.bounds[1:], strict=True)]
-        self._pieces = bool((definition.get("model") or {}).get("byte_fallback"))
+        self._pieces = bool(engine.definition.model.get("byte_fallback"))
         if self._pieces:
             tokens = [token.replace(BLANK, b" ") for token in tokens]
         self._bytes = np.frombuffer(b"".join(tokens), np.uint8)

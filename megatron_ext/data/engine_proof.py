@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from megatron_ext.cache import kept
+from megatron_ext.data.definition import Definition
 from megatron_ext.data.engines import GigatokenEngine, Ids, ReferenceEngine, Texts, engine_version, refusal
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 VERSION = 1
 """Of the stress set; a new one proves every tokenizer anew."""
 COMPARED_TEXTS = 2048
-FIRST_BYTES = 1 << 18
+FIRST_BYTES = 1 << 17
 """Documents at the start of the data that are all compared, up to this much text."""
-ONE_IN = 512
+ONE_IN = 1024
 """One document in so many is compared, all over the data."""
 UNIFORM = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xE000, 0xF8FF), (0x17000, 0x18CFF))
 """Blocks of characters of one kind: ideographs, syllables, private use."""
@@ -50,26 +51,25 @@ class Proof:
     why: str = ""
 
 
-def prove(tokenizer: Tokenizer) -> Proof:
+def prove(definition: Definition, reference: ReferenceEngine) -> Proof:
     """Whether gigatoken may be used for a tokenizer; cached by its definition and the versions of both engines."""
-    definition = tokenizer.to_str()
     if reason := refusal(definition):
         return Proof(0, reason)
     try:
         versions = "-".join(engine_version(name) for name in ("gigatoken", "tokenizers"))
     except ImportError:
         return Proof(0, "gigatoken is not installed")
-    key = f"{xxhash.xxh3_128_hexdigest(definition.encode())}-{versions}-{VERSION}"
+    key = f"{xxhash.xxh3_128_hexdigest(definition.text)}-{versions}-{VERSION}"
 
     def make(folder: Path) -> None:
-        proof = _prove(tokenizer, definition)
+        proof = _prove(definition, reference)
         (folder / "proof.json").write_text(json.dumps({"texts": proof.texts, "why": proof.why}), encoding="utf-8")
 
     return Proof(**json.loads((kept("engines", key, make) / "proof.json").read_text(encoding="utf-8")))
 
 
-def _prove(tokenizer: Tokenizer, definition: str) -> Proof:
-    reference = ReferenceEngine(tokenizer)
+def _prove(definition: Definition, reference: ReferenceEngine) -> Proof:
+    tokenizer: Any = reference.tokenizer
     try:
         engine = GigatokenEngine(definition, reference)
     except (ValueError, ImportError) as error:
@@ -94,45 +94,44 @@ def first_difference(found: Ids, expected: Ids) -> int | None:
     return None
 
 
+@dataclass(frozen=True)
 class Comparison:
-    """The documents of the data that both engines encode: those at its start, then one in ``ONE_IN`` by row number.
+    """Documents of the data that the reference encodes, too: those at its start, then one in ``ONE_IN`` by row number.
 
-    Which ones depends on the rows alone, not on shards and workers. ``documents`` and ``bytes`` count them.
+    Which ones depends on the rows alone, not on shards and workers.
+
+    Attributes:
+        texts: (N,) the documents.
+        found: their ids by the fast engine.
+        rows: (N,) number of the row that each came from.
+        place: their file.
     """
 
-    def __init__(self, reference: ReferenceEngine) -> None:
-        self._reference = reference
-        self.documents = self.bytes = 0
+    texts: Texts
+    found: Ids
+    rows: np.ndarray
+    place: str
 
-    def check(self, texts: Texts, found: Ids, rows: np.ndarray, place: str, *, first: bool) -> None:
-        """Compare the chosen ones of some documents.
-
-        Args:
-            texts: (N,) the documents.
-            found: their ids by the fast engine.
-            rows: (N,) the number of the row that each came from.
-            place: their file.
-            first: whether they stand at the start of the data.
-
-        Raises:
-            EngineDiffersError: names the document.
-        """
+    @classmethod
+    def of(cls, texts: Texts, found: Ids, rows: np.ndarray, place: str, *, first: bool) -> Comparison:
+        """The chosen ones of some documents; ``first``: they stand at the start of the data."""
         chosen = sampled(rows)
         if first:
             chosen |= np.cumsum(texts.sizes) <= FIRST_BYTES
         numbers = np.flatnonzero(chosen)
-        if not len(numbers):
-            return
-        expected = self._reference.encode(texts.select(numbers))
         starts = np.cumsum(found.lengths) - found.lengths
-        ours = Ids(
-            np.concatenate([found.values[starts[n] : starts[n] + found.lengths[n]] for n in numbers]),
-            found.lengths[numbers],
-        )
-        if (number := first_difference(ours, expected)) is not None:
-            raise EngineDiffersError(f"{place}, row {rows[numbers[number]]}")
-        self.documents += len(numbers)
-        self.bytes += int(texts.sizes[numbers].sum())
+        values = [found.values[starts[n] : starts[n] + found.lengths[n]] for n in numbers]
+        ids = Ids(np.concatenate(values) if values else found.values[:0], found.lengths[numbers])
+        return cls(texts.select(numbers), ids, rows[numbers], place)
+
+    def require_equal(self, reference: ReferenceEngine) -> None:
+        """Encode them again.
+
+        Raises:
+            EngineDiffersError: names the document.
+        """
+        if self.texts.count and (number := first_difference(self.found, reference.encode(self.texts))) is not None:
+            raise EngineDiffersError(f"{self.place}, row {self.rows[number]}")
 
 
 def sampled(rows: np.ndarray) -> np.ndarray:

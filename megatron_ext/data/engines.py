@@ -6,16 +6,19 @@ before the fast engine is believed is in ``engine_proof``.
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+
+from megatron_ext.data.definition import Definition
 
 if TYPE_CHECKING:
     import pyarrow
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
 GIGATOKEN, TOKENIZERS, PYTHON = "gigatoken", "tokenizers", "python"
 REFERENCE_BYTES = 1 << 20
 """Text that the reference encodes at once: its results take some hundred bytes a token."""
-MEMORY_LIMIT, MEMORY_PER_ENGINE = 400 << 20, 80 << 20
-"""Resident bytes of the process beyond which an engine's cache of words is emptied: the first part, and for each."""
+MEMORY_LIMIT = 560 << 20
+"""Resident bytes of the process beyond which the engine's cache of words is emptied."""
 RENEW_AFTER = 16 << 20
 """Bytes of text an engine encodes at least before its cache is emptied."""
 
@@ -74,9 +77,13 @@ class Texts:
         """(N,) int64 bytes of each text."""
         return np.diff(self.bounds)
 
+    def bytes(self, number: int) -> bytes:
+        """One text in UTF-8."""
+        return self.data[self.bounds[number] : self.bounds[number + 1]].tobytes()
+
     def string(self, number: int) -> str:
         """One text as Python has it."""
-        return self.data[self.bounds[number] : self.bounds[number + 1]].tobytes().decode()
+        return self.bytes(number).decode()
 
     def select(self, numbers: Sequence[int] | np.ndarray) -> Texts:
         """The texts of these numbers."""
@@ -89,10 +96,12 @@ class Ids(NamedTuple):
     Attributes:
         values: (T,) uint32 or int32.
         lengths: (N,) int64 tokens of each text; 0 where a text is empty.
+        from_reference: how many of the texts the fast engine left to the reference.
     """
 
     values: np.ndarray
     lengths: np.ndarray
+    from_reference: int = 0
 
     def of(self, number: int) -> np.ndarray:
         """The ids of one text."""
@@ -109,19 +118,28 @@ class Engine(Protocol):
 
 
 class ReferenceEngine:
-    """The tokenizer itself."""
+    """The tokenizer itself, or what ``load`` gives when it is first needed; threads may share it."""
 
-    reference_documents = 0
-    """Documents of another engine that were left to this one."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer | SlowTokenizer | None = None,
+        load: Callable[[], Tokenizer | SlowTokenizer] | None = None,
+    ) -> None:
+        self._tokenizer, self._load, self._lock = tokenizer, load, threading.Lock()
 
-    def __init__(self, tokenizer: Tokenizer | SlowTokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.name = TOKENIZERS if type(tokenizer).__module__.startswith("tokenizers") else PYTHON
+    @property
+    def tokenizer(self) -> Tokenizer | SlowTokenizer:
+        """It, loaded."""
+        with self._lock:
+            if self._tokenizer is None:
+                assert self._load is not None
+                self._tokenizer = self._load()
+        return self._tokenizer
 
-    @cached_property
-    def definition(self) -> str:
-        """The text of tokenizer.json as ``tokenizers`` understood it; a Python tokenizer has none."""
-        return self.tokenizer.to_str()  # type: ignore[union-attr]
+    @property
+    def name(self) -> str:
+        """Of the engine."""
+        return TOKENIZERS if type(self.tokenizer).__module__.startswith("tokenizers") else PYTHON
 
     def encode(self, texts: Texts) -> Ids:
         """Ids of the texts, a part at a time."""
@@ -136,9 +154,9 @@ class ReferenceEngine:
 
 
 class GigatokenEngine:
-    """``gigatoken``, on the calling thread; one instance is used by one thread at a time.
+    """``gigatoken``; threads that share one take turns, and with ``threads`` more than one each turn uses so many.
 
-    It keeps every word it ever saw with its ids. Where the process grows beyond ``memory`` bytes, it starts afresh.
+    It keeps every word it ever saw with its ids. Where the process grows beyond a limit, it starts afresh.
     Texts with characters that ``unsafe`` matches go to the reference.
 
     Raises:
@@ -147,20 +165,19 @@ class GigatokenEngine:
 
     name = GIGATOKEN
 
-    def __init__(self, definition: str, reference: ReferenceEngine, engines: int = 1) -> None:
-        self._definition, self._reference = definition, reference
-        self._memory = MEMORY_LIMIT + engines * MEMORY_PER_ENGINE
-        self._unsafe = unsafe_characters() if normalizes(definition) else None
-        self.reference_documents = 0
+    def __init__(self, definition: Definition, reference: ReferenceEngine, threads: int = 1) -> None:
+        self.definition, self._reference, self._parallel = definition, reference, threads > 1
+        if self._parallel:
+            os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # read when the first parallel turn begins
+        self._unsafe = unsafe_characters() if "NFC" in definition.normalizers else None
+        self._memory = MEMORY_LIMIT
+        self._one_by_one, self._turn = True, threading.Lock()
         self._renew()
 
     def encode(self, texts: Texts) -> Ids:
         """Ids of the texts, which must be valid UTF-8."""
         unsafe = self._unsafe_texts(texts)
-        if not len(unsafe):
-            return self._encode(texts)
-        self.reference_documents += len(unsafe)
-        return self._mixed(texts, unsafe)
+        return self._mixed(texts, unsafe) if len(unsafe) else self._encode(texts)
 
     @cached_property
     def token_bytes(self) -> Texts:
@@ -176,25 +193,41 @@ class GigatokenEngine:
         import gigatoken
 
         try:
-            self._tokenizer = gigatoken.Tokenizer.from_json(self._definition)
+            self._tokenizer = gigatoken.Tokenizer.from_json(self.definition.text)
         except Exception as error:  # noqa: BLE001 (gigatoken raises no narrower class)
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
         self._encoded = 0
 
     def _encode(self, texts: Texts) -> Ids:
-        import awkward
+        with self._turn:
+            self._keep_small()
+            self._encoded += int(texts.bounds[-1] - texts.bounds[0])
+            if self._one_by_one:  # the first texts need not wait for the import of awkward
+                self._one_by_one = False
+                return self._singly(texts)
+            return self._together(texts)
+
+    def _keep_small(self) -> None:
         import psutil
 
         if self._encoded > RENEW_AFTER and psutil.Process().memory_info().rss > self._memory:
             del self._tokenizer  # before the new one is made
             self._renew()
-        self._encoded += int(texts.bounds[-1] - texts.bounds[0])
+
+    def _singly(self, texts: Texts) -> Ids:
+        found = [self._tokenizer.encode(texts.bytes(number)) for number in range(texts.count)]
+        lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
+        return Ids(np.concatenate(found) if found else np.empty(0, np.uint32), lengths)
+
+    def _together(self, texts: Texts) -> Ids:
+        import awkward
+
         contents: Any = awkward.contents
         characters = contents.NumpyArray(texts.data, parameters={"__array__": "char"})
         strings = contents.ListOffsetArray(
             awkward.index.Index64(texts.bounds), characters, parameters={"__array__": "string"}
         )
-        rows: Any = self._tokenizer.encode_batch(awkward.Array(strings), parallel=False).layout
+        rows: Any = self._tokenizer.encode_batch(awkward.Array(strings), parallel=self._parallel).layout
         bounds = np.asarray(rows.offsets.data)
         return Ids(np.asarray(rows.content.data)[bounds[0] : bounds[-1]], np.diff(bounds))
 
@@ -224,7 +257,7 @@ class GigatokenEngine:
         slow_places = np.repeat(from_reference, lengths)
         values = np.empty(int(lengths.sum()), dtype=np.uint32)
         values[~slow_places], values[slow_places] = fast.values, slow.values
-        return Ids(values, lengths)
+        return Ids(values, lengths, len(unsafe))
 
 
 def engine_version(name: str) -> str:
@@ -232,42 +265,20 @@ def engine_version(name: str) -> str:
     return version({PYTHON: "sentencepiece"}.get(name, name))
 
 
-def refusal(definition: str) -> str | None:
-    """Why gigatoken is not even tried on a tokenizer (the text of its tokenizer.json), or None.
+def refusal(definition: Definition) -> str | None:
+    """Why gigatoken is not even tried on a tokenizer, or None.
 
     Its model must be BPE without dropout. Its normalizer must leave text alone, replace or prepend fixed characters,
     or be NFC, whose results never change for characters that Unicode 3.2 knows; any other normalizer rests on tables
     that differ between Unicode versions, and so between engines.
     """
-    facts = parsed(definition)
-    model = facts.get("model") or {}
+    model = definition.model
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         return f"its model is {model.get('type', 'of no named type')}, not BPE"
     if model.get("dropout"):
         return "its model drops merges at random"
-    unknown = [kind for kind in _normalizers(facts.get("normalizer")) if kind not in ("NFC", "Prepend", "Replace")]
+    unknown = [kind for kind in definition.normalizers if kind not in ("NFC", "Prepend", "Replace")]
     return f"its normalizer {unknown[0]} changes text by tables that differ between engines" if unknown else None
-
-
-def normalizes(definition: str) -> bool:
-    """Whether the tokenizer composes characters (NFC)."""
-    return "NFC" in _normalizers(parsed(definition).get("normalizer"))
-
-
-@lru_cache(maxsize=1)
-def parsed(definition: str) -> dict[str, Any]:
-    """What a tokenizer.json holds; the last one is kept."""
-    return json.loads(definition)
-
-
-def _normalizers(normalizer: dict[str, Any] | None) -> list[str]:
-    if normalizer is None:
-        return []
-    if normalizer["type"] == "Sequence":
-        return [kind for part in normalizer["normalizers"] for kind in _normalizers(part)]
-    if normalizer["type"] == "Replace" and "String" not in normalizer["pattern"]:
-        return ["Replace by a pattern"]
-    return [normalizer["type"]]
 
 
 def unsafe_characters() -> str:

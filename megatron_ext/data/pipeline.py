@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -68,37 +68,3 @@ def ordered(
             if isinstance(item := results.get_nowait(), Future):
                 item.cancel()
         reader.join()
-
-
-class Here(Executor):
-    """An executor that works at once, on the calling thread: for what is too little to start workers for."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 (the future raises it)
-            future.set_exception(error)
-        return future
-
-
-class PerThread:
-    """A pool of threads, each with a thing of its own that only it uses, made when the thread first works."""
-
-    def __init__(self, threads: int, make: Callable[[], Any]) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encoder")
-        self._make, self._local = make, threading.local()
-
-    def submit(self, work: Callable[[Any, Any], R], block: Any) -> Future[R]:
-        """Have one of the threads do ``work(thing, block)``."""
-
-        def run() -> R:
-            if not hasattr(self._local, "thing"):
-                self._local.thing = self._make()
-            return work(self._local.thing, block)
-
-        return self._pool.submit(run)
-
-    def close(self) -> None:
-        """Wait for what runs, leave out what waits."""
-        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -8,34 +8,31 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from megatron_ext.config import TokenizeOptions
 from megatron_ext.data.chat_templates import TemplateSource, find_template, special_tokens
+from megatron_ext.data.definition import Definition
 from megatron_ext.data.documents import Finish
+from megatron_ext.data.engines import ReferenceEngine
 from megatron_ext.data.formats import AUTO, SNIFFED_ROWS, detect_format, require_columns, require_format, wanted_columns
 from megatron_ext.data.idxmap import token_dtype
 from megatron_ext.data.manifest import Kind
-from megatron_ext.data.rendering import ChatTemplate
 from megatron_ext.data.source_facts import FileState, file_states
 from megatron_ext.data.sources import Source, expand, read_rows
-from megatron_ext.data.tokenizers import load_tokenizer, require_vocabulary, tokenizer_file
+from megatron_ext.data.tokenizers import load_tokenizer, read_vocabulary, require_vocabulary, tokenizer_file
 from megatron_ext.errors import ConfigError, DatasetFormatError, EmptyFileError, VocabularyError
 from megatron_ext.folders import require_space
 from megatron_ext.hf_folder import tokenizer_digest
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-    from megatron_ext.data.slow_tokenizer import SlowTokenizer
 
 OUTPUT_VERSION = 3
 """Of what is written for the same input; leftovers of another version are not gone on with."""
 SMALL_BYTES = 4 << 20
 """Up to this much data one process and the reference do the work: anything faster would not have started by then."""
+ONE_PROCESS_BYTES = 64 << 20
+"""Up to this many bytes of conversations are rendered in one process: in the time that others take to start."""
 NAMED_FILES = 3
 PACKED = 4
 """How much larger compressed data may be when it is read."""
@@ -51,8 +48,10 @@ class Plan:
         sources, formats, whys: the files, the format of each, and what decided it (one sentence for each reason).
         kind: of the dataset.
         folder: the Hugging Face folder with the tokenizer.
+        definition: the tokenizer's; None for the Python one.
+        reference: the tokenizer itself, loaded when it is first needed.
+        vocabulary: id of each of its tokens; all are below ``id_limit``.
         template: how conversations are rendered; None for text.
-        vocab_size: number of the tokenizer's tokens; ids are below ``id_limit``.
     """
 
     sources: list[Source]
@@ -61,27 +60,29 @@ class Plan:
     kind: Kind
     options: TokenizeOptions
     folder: Path
-    tokenizer: Tokenizer | SlowTokenizer
+    definition: Definition | None
+    reference: ReferenceEngine
+    vocabulary: dict[str, int]
+    id_limit: int
     template: TemplateSource | None
     finish: Finish
-    vocab_size: int
-    id_limit: int
-
-    @cached_property
-    def definition(self) -> str:
-        """The text of tokenizer.json as ``tokenizers`` understood it; a Python tokenizer has none."""
-        return self.tokenizer.to_str()  # type: ignore[union-attr]
 
     @property
     def dtype(self) -> np.dtype:
         """Type of token ids on disk."""
-        return token_dtype(max(self.vocab_size, self.id_limit))
+        return token_dtype(max(len(self.vocabulary), self.id_limit))
 
     @cached_property
     def is_small(self) -> bool:
         """Whether all files together are plain ones of at most ``SMALL_BYTES``."""
         size = None if any(map(_is_packed, self.sources)) else text_size(self.sources)
         return size is not None and size <= SMALL_BYTES
+
+    @cached_property
+    def wants_processes(self) -> bool:
+        """Whether there are more conversations than ``ONE_PROCESS_BYTES``, or maybe so."""
+        size = text_size(self.sources)
+        return size is None or size > ONE_PROCESS_BYTES
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -124,10 +125,13 @@ def make_plan(
     require_format(options.format)
     require_columns(options.columns, options.format)
     sources = expand(list(files))
-    tokenizer = load_tokenizer(folder, slow=options.slow_tokenizer)
-    vocab_size, largest = require_vocabulary(tokenizer, folder, extra_vocab_size)
+    slow = options.slow_tokenizer
+    definition = None if slow else Definition.read(tokenizer_file(folder))
+    reference = ReferenceEngine(load=lambda: load_tokenizer(folder, slow=slow))
+    vocabulary = read_vocabulary(folder, definition, lambda: reference.tokenizer)
+    largest = require_vocabulary(vocabulary, folder, extra_vocab_size)
     if (size := text_size(sources)) is not None:
-        values = token_dtype(max(vocab_size, largest + 1)).itemsize + (options.format != "text")
+        values = token_dtype(max(len(vocabulary), largest + 1)).itemsize + (options.format != "text")
         # a token for every two bytes of text, which is rather too many
         needed = size * values // 2 + tokenizer_file(folder).stat().st_size
         require_space(out, needed, "the dataset")
@@ -140,13 +144,15 @@ def make_plan(
         raise ConfigError(f"overlong split is for text; {kind} data can be truncated or dropped")
     _require_used(options, kind)
     finish = Finish(
-        bos=_mark(tokenizer, folder, "bos_token", "prepend_bos") if options.prepend_bos else None,
-        eod=_mark(tokenizer, folder, "eos_token", "append_eod") if options.append_eod else None,
+        bos=_mark(vocabulary, folder, "bos_token", "prepend_bos") if options.prepend_bos else None,
+        eod=_mark(vocabulary, folder, "eos_token", "append_eod") if options.append_eod else None,
         max_length=options.max_length,
         overlong=options.overlong,
     )
     template = None if kind == "text" else find_template(options.chat_template, folder)
     if template is not None:
+        from megatron_ext.data.rendering import ChatTemplate
+
         ChatTemplate(template, special_tokens(folder))
     return Plan(
         sources,
@@ -155,11 +161,12 @@ def make_plan(
         kind,
         options,
         folder,
-        tokenizer,
+        definition,
+        reference,
+        vocabulary,
+        largest + 1,
         template,
         finish,
-        vocab_size,
-        largest + 1,
     )
 
 
@@ -231,9 +238,9 @@ def _require_used(options: TokenizeOptions, kind: Kind) -> None:
             raise ConfigError(f"{name} is for conversations, but this is {kind} data: {why}; leave {name} out")
 
 
-def _mark(tokenizer: Tokenizer | SlowTokenizer, folder: Path, name: str, option: str) -> int:
+def _mark(vocabulary: dict[str, int], folder: Path, name: str, option: str) -> int:
     text = special_tokens(folder).get(name)
-    number = None if text is None else tokenizer.token_to_id(text)
+    number = None if text is None else vocabulary.get(text)
     if number is None:
         what = f"names no {name}" if text is None else f"has no token {text!r}, its {name}"
         raise VocabularyError(

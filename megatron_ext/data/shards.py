@@ -25,6 +25,8 @@ from megatron_ext.errors import VocabularyError
 
 JOURNAL = "shards.jsonl"
 PART = 8 << 20
+COUNTED_AT_ONCE = 1 << 20
+"""Token ids."""
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Shards:
             if kind != "text":
                 self._streams[f"{side}{LOSS_MASK}.bin"] = Stream(out / f"{side}{LOSS_MASK}.bin", np.dtype(np.uint8))
             self._streams[f"{side}lengths"] = Stream(out / f".{side}lengths", np.dtype("<i4"))
-        self._shard = Counts()
+        self._shard, self._uncounted = Counts(), list[np.ndarray]()
         self._journal: BinaryIO | None = None
 
     @property
@@ -142,6 +144,7 @@ class Shards:
     def finish_shard(self, source: int, row: int) -> None:
         """Write the journal's line of the shard that ends with ``row`` of a source."""
         assert self._journal is not None
+        self._count()
         for stream in self._streams.values():
             stream.file.flush()  # type: ignore[union-attr]
         line = {
@@ -183,10 +186,18 @@ class Shards:
         return np.memmap(stream.path, stream.dtype, "r") if stream.size else np.empty(0, stream.dtype)
 
     def _count_ids(self, ids: np.ndarray) -> None:
-        counts = np.bincount(ids)
-        if len(counts) > len(self.frequencies):
-            raise VocabularyError(f"token id {len(counts) - 1} is beyond the vocabulary of {len(self.frequencies)}")
-        self.frequencies[: len(counts)] += counts
+        """Count them, many at once: a table of the vocabulary's size is filled each time."""
+        if (largest := int(ids.max(initial=0))) >= len(self.frequencies):
+            raise VocabularyError(f"token id {largest} is beyond the vocabulary of {len(self.frequencies)}")
+        self._uncounted.append(ids)
+        if sum(map(len, self._uncounted)) >= COUNTED_AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        if self._uncounted:
+            counts = np.bincount(np.concatenate(self._uncounted))
+            self.frequencies[: len(counts)] += counts
+            self._uncounted = []
 
     def _count_shard(self, source: int, row: int, counts: Counts) -> None:
         self.total.add(counts)

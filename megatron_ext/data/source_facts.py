@@ -13,7 +13,7 @@ import xxhash
 
 from megatron_ext.data.sources import Source
 from megatron_ext.data.sources.places import open_filesystem
-from megatron_ext.data.sources.rows import arrow_batches
+from megatron_ext.data.sources.rows import arrow_batches, line_ends
 from megatron_ext.errors import MegatronFlowsError, SourceError
 
 CHUNK = 4 << 20
@@ -158,7 +158,7 @@ class _Lines:
     def take(self, chunk: bytes) -> None:
         self._last = chunk[-1:]
         if not self._csv or (not self._quoted and b'"' not in chunk):
-            self._count += chunk.count(b"\n")
+            self._count += line_ends(chunk)
             return
         values = np.frombuffer(chunk, dtype=np.uint8)
         quotes = np.flatnonzero(values == ord('"'))

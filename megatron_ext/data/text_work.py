@@ -28,6 +28,7 @@ class Done:
         ends_source: whether the file ends here.
         sides: the documents, a batch for each side of the dataset.
         counts: what was read and left out.
+        comparison: what the reference must give, too, before the block counts as done.
     """
 
     source: int
@@ -35,6 +36,7 @@ class Done:
     ends_source: bool = False
     sides: list[Batch] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
+    comparison: Comparison | None = None
 
 
 class Skipped:
@@ -85,35 +87,31 @@ def text_blocks(sources: list[Source], column: str, position: tuple[int, int], *
 
 
 class TextWorker:
-    """Encodes blocks of text; used by one thread at a time."""
+    """Encodes blocks of text; threads may share it."""
 
-    def __init__(self, engine: GigatokenEngine | ReferenceEngine, reference: ReferenceEngine, finish: Finish) -> None:
-        self._engine, self._reference, self._finish = engine, reference, finish
+    def __init__(self, engine: GigatokenEngine | ReferenceEngine, finish: Finish) -> None:
+        self._engine, self._finish = engine, finish
 
     def work(self, block: TextBlock) -> Done:
-        """The documents of a block.
-
-        Raises:
-            EngineDiffersError: the fast engine is not exact on this data.
-        """
+        """The documents of a block."""
         counts = block.skipped
         if block.batch is None:
             return Done(block.source, block.row, True, counts=counts)
         texts = Texts.of_arrow(block.batch.values)
-        before = self._engine.reference_documents
         ids = self._engine.encode(texts)
-        counts.reference_documents += self._engine.reference_documents - before
+        counts.reference_documents += ids.from_reference
+        comparison = None
         if isinstance(self._engine, GigatokenEngine):
-            comparison = Comparison(self._reference)
-            comparison.check(texts, ids, _rows(block.batch), block.place, first=block.first)
-            counts.compared_documents, counts.compared_bytes = comparison.documents, comparison.bytes
+            comparison = Comparison.of(texts, ids, _rows(block.batch), block.place, first=block.first)
+            counts.compared_documents = comparison.texts.count
+            counts.compared_bytes = int(comparison.texts.bounds[-1])
         batch = Batch(ids.values, None, ids.lengths)
         filled = batch.lengths > 0
         counts.rows += len(filled)
         counts.empty += len(filled) - int(filled.sum())
         sides, cuts = self._finish.apply([batch.select(filled)], text=True)
         counts.add(cuts)
-        return Done(block.source, block.row, sides=sides, counts=counts)
+        return Done(block.source, block.row, sides=sides, counts=counts, comparison=comparison)
 
 
 def _rows(batch: ColumnBatch) -> np.ndarray:

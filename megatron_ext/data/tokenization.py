@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ext.config import TokenizeOptions
 from megatron_ext.config_files import validated
@@ -38,7 +38,6 @@ from megatron_ext.data.manifest import (
 )
 from megatron_ext.data.pipeline import available_cores
 from megatron_ext.data.plan import Plan, make_plan
-from megatron_ext.data.rendering import ChatTemplate
 from megatron_ext.data.shards import Shards, clear, left_start
 from megatron_ext.data.source_facts import SourceFacts
 from megatron_ext.data.sources import Source
@@ -47,6 +46,9 @@ from megatron_ext.errors import DatasetFormatError, RowFormatError, SourceError,
 from megatron_ext.events import Events
 from megatron_ext.folders import full_disk_named
 from megatron_ext.worker import Job
+
+if TYPE_CHECKING:
+    from megatron_ext.data.rendering import ChatTemplate
 
 
 def run(job: Job, events: Events) -> dict[str, Any]:
@@ -151,7 +153,9 @@ def _tell(plan: Plan, events: Events) -> None:
     if plan.kind == "text" and (named := plan.options.chat_template):
         events.note(f"chat template {named!r} is not used in tokenizing: text is trained as it is")
     if plan.template is not None:
-        for note in remarks(ChatTemplate(plan.template, special_tokens(plan.folder)), plan.tokenizer):
+        from megatron_ext.data.rendering import ChatTemplate
+
+        for note in remarks(ChatTemplate(plan.template, special_tokens(plan.folder)), plan.reference.tokenizer):
             events.note(note)
 
 
@@ -174,10 +178,12 @@ def _build(plan: Plan, out: Path, workers: int, events: Events) -> DatasetManife
 def _proven_meanwhile(plan: Plan) -> Future[Proof]:
     """The outcome of the stress set, found beside the work in a thread that nobody waits for when the work ends."""
     proof: Future[Proof] = Future()
+    definition = plan.definition
+    assert definition is not None
 
     def find() -> None:
         try:
-            proof.set_result(prove(plan.tokenizer))  # type: ignore[arg-type]
+            proof.set_result(prove(definition, plan.reference))
         except BaseException as error:  # noqa: BLE001 (the future raises it)
             proof.set_exception(error)
 
@@ -188,7 +194,7 @@ def _proven_meanwhile(plan: Plan) -> Future[Proof]:
 def _start(plan: Plan) -> Start:
     """Which engine is tried, and why it is not the fast one."""
     moment = datetime.now().isoformat()
-    if plan.options.slow_tokenizer:
+    if plan.definition is None:
         return Start(PYTHON, "slow_tokenizer was asked for", moment)
     if plan.is_small:
         return Start(TOKENIZERS, "there is too little data for another engine", moment)
@@ -278,14 +284,14 @@ def _manifest(plan: Plan, shards: Shards, facts: SourceFacts, engine: EngineReco
                 untrained_documents=total.untrained[number],
                 lengths=LengthStatistics.of(shards.lengths(side)),
             )
-    vocabulary = {number: token for token, number in plan.tokenizer.get_vocab(with_added_tokens=True).items()}
+    vocabulary = {number: token for token, number in plan.vocabulary.items()}
     return DatasetManifest(
         kind=plan.kind,
         documents=total.documents,
         tokens=total.tokens,
         trained_tokens=total.tokens if plan.kind == "text" else sum(total.trained),
         untrained_documents=sum(total.untrained),
-        vocab_size=plan.vocab_size,
+        vocab_size=len(plan.vocabulary),
         max_token_id=int(shards.frequencies.nonzero()[0][-1]),
         tokenizer_digest=plan.tokenizer_digest,
         chat_template=plan.template and TemplateRecord(name=plan.template.name, digest=plan.template.digest),

@@ -6,6 +6,7 @@ the fast tokenizer once; the result is kept in the cache, so later runs do not i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 
 from megatron_ext.cache import kept
 from megatron_ext.data.chat_templates import read_tokenizer_config
+from megatron_ext.data.definition import Definition
 from megatron_ext.errors import SourceError, VocabularyError
 from megatron_ext.hf_folder import read_config, tokenizer_digest
 
@@ -40,15 +42,32 @@ def load_tokenizer(folder: Path, *, slow: bool = False) -> Tokenizer | SlowToken
 
         return SlowTokenizer.load(folder)
     tokenizer = read_tokenizer(tokenizer_file(folder))
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    added = read_tokenizer_config(folder).get("added_tokens_decoder") or {}
-    for number, token in added.items():
-        if (content := token["content"]) not in vocabulary:
+    _require_added(folder, tokenizer.token_to_id)
+    return tokenizer
+
+
+def read_vocabulary(
+    folder: Path, definition: Definition | None, load: Callable[[], Tokenizer | SlowTokenizer]
+) -> dict[str, int]:
+    """Id of every token of a folder's tokenizer, added ones included; ``load`` gives it where ``definition`` is silent.
+
+    Raises:
+        VocabularyError: as ``load_tokenizer``.
+    """
+    vocabulary = definition and definition.vocabulary
+    if vocabulary is None:
+        return load().get_vocab(with_added_tokens=True)
+    _require_added(folder, vocabulary.get)
+    return vocabulary
+
+
+def _require_added(folder: Path, find: Callable[[str], int | None]) -> None:
+    for number, token in (read_tokenizer_config(folder).get("added_tokens_decoder") or {}).items():
+        if find(content := token["content"]) is None:
             raise VocabularyError(
                 f"{folder}: tokenizer_config.json adds token {content!r} as id {number}, but tokenizer.json lacks it; "
                 "save the tokenizer again with transformers' save_pretrained"
             )
-    return tokenizer
 
 
 def tokenizer_file(folder: Path) -> Path:
@@ -83,20 +102,17 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def require_vocabulary(
-    tokenizer: Tokenizer | SlowTokenizer, folder: Path, extra_vocab_size: int = 0
-) -> tuple[int, int]:
+def require_vocabulary(vocabulary: Mapping[str, int], folder: Path, extra_vocab_size: int = 0) -> int:
     """Refuse a tokenizer that can produce ids the model of the same folder has no embedding for.
 
-    ``extra_vocab_size`` is how many rows the embedding gets when the model is converted.
+    ``vocabulary`` is the tokenizer's; ``extra_vocab_size`` is how many rows the embedding gets in the conversion.
 
     Returns:
-        Number of tokens, largest id.
+        The largest id.
 
     Raises:
         VocabularyError: names the token, its id and the model's vocab_size.
     """
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     token, largest = max(vocabulary.items(), key=lambda item: item[1])
     if (folder / "config.json").is_file():
         config = read_config(folder)
@@ -108,7 +124,7 @@ def require_vocabulary(
                 f"{rows} (config.json){extra}; use the tokenizer that the model was trained with, or give the model "
                 f"rows for the new tokens with extra_vocab_size {largest + 1 - rows}"
             )
-    return len(vocabulary), largest
+    return largest
 
 
 def _convert(folder: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
 from megatron_ext.data import engine_proof
 from megatron_ext.data.chat_templates import find_template, special_tokens
+from megatron_ext.data.definition import Definition
 from megatron_ext.data.encoding import MaskMaker, encode_by_reference
 from megatron_ext.data.engine_proof import Comparison, EngineDiffersError, first_difference, prove, stress_texts
 from megatron_ext.data.engines import GigatokenEngine, Ids, ReferenceEngine, Texts, refusal, unsafe_characters
@@ -42,7 +44,11 @@ def tokenizer_of(folder, kind):
 
 def engines_of(tokenizer):
     reference = ReferenceEngine(tokenizer)
-    return GigatokenEngine(tokenizer.to_str(), reference), reference
+    return GigatokenEngine(Definition.of(tokenizer.to_str().encode()), reference), reference
+
+
+def defined(facts):
+    return Definition.of(json.dumps(facts).encode())
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -80,12 +86,29 @@ def test_both_engines_agree_on(tokenizer, text):
     assert same([text, "before", text, ""], engine, reference)
 
 
+def test_the_first_texts_which_are_encoded_one_by_one_get_the_ids_of_all_others(tokenizer):
+    engine, reference = engines_of(tokenizer)
+    texts = ["one", "", "<s> two</s>", "日本 🎉 drei\n", "a" * 70_000]
+    assert same(texts, engine, reference)
+    assert same(texts, engine, reference)
+
+
+def test_threads_that_share_an_engine_get_the_ids_of_one(tokenizer):
+    reference = ReferenceEngine(tokenizer)
+    engine = GigatokenEngine(Definition.of(tokenizer.to_str().encode()), reference, threads=2)
+    parts = [Texts.of_strings([f"part {part} text {n} 日本 {part * n}" for n in range(300)]) for part in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        for part, found in zip(parts, pool.map(engine.encode, parts), strict=True):
+            assert first_difference(found, reference.encode(part)) is None
+
+
 def test_a_tokenizer_is_proven_once(tmp_path, monkeypatch):
     tokenizer = tokenizer_of(tmp_path, "qwen2")
-    proof = prove(tokenizer)
+    definition, reference = Definition.of(tokenizer.to_str().encode()), ReferenceEngine(tokenizer)
+    proof = prove(definition, reference)
     assert (proof.why, proof.texts > 80_000) == ("", True)
     monkeypatch.setattr(engine_proof, "_prove", None)  # another proof would fail
-    assert prove(tokenizer) == proof
+    assert prove(definition, reference) == proof
 
 
 def test_a_lone_surrogate_is_no_text():
@@ -98,7 +121,7 @@ def test_characters_on_which_normalizers_may_differ_go_to_the_reference(tmp_path
     newer = "\U000113c2\U000113c2"  # composes since Unicode 16
     texts = ["e\u0301 plain", newer, "", "日本 🎉", f"x {newer} e\u0323\u0301", "end"]
     assert same(texts, engine, reference)
-    assert engine.reference_documents == 2
+    assert engine.encode(Texts.of_strings(texts)).from_reference == 2
     engine._unsafe = None
     assert not same(texts, engine, reference), "the engine itself would have been wrong here"
 
@@ -120,14 +143,14 @@ def test_no_character_of_ordinary_text_is_left_to_the_reference():
 )
 def test_tokenizers_of_other_kinds_are_not_tried(tmp_path, change, reason):
     definition = json.loads(tokenizer_of(tmp_path, "gpt2").to_str())
-    assert refusal(json.dumps(definition)) is None
-    assert reason in refusal(json.dumps(definition | change))
+    assert refusal(defined(definition)) is None
+    assert reason in refusal(defined(definition | change))
 
 
 def test_a_tokenizer_that_drops_merges_at_random_is_not_tried(tmp_path):
     definition = json.loads(tokenizer_of(tmp_path, "gpt2").to_str())
     definition["model"]["dropout"] = 0.1
-    assert "at random" in refusal(json.dumps(definition))
+    assert "at random" in refusal(defined(definition))
 
 
 def test_a_difference_in_the_data_is_found_wherever_it_is_compared(tmp_path):
@@ -135,16 +158,17 @@ def test_a_difference_in_the_data_is_found_wherever_it_is_compared(tmp_path):
     texts = Texts.of_strings([f"document {n}" for n in range(5000)])
     found = engine.encode(texts)
     rows = np.arange(1, 5001)
-    whole, sample = Comparison(reference), Comparison(reference)
-    whole.check(texts, found, rows, "a.jsonl", first=True)
-    sample.check(texts, found, rows, "a.jsonl", first=False)
-    assert whole.documents == 5000
-    assert 4 <= sample.documents <= 16
+    whole = Comparison.of(texts, found, rows, "a.jsonl", first=True)
+    sample = Comparison.of(texts, found, rows, "a.jsonl", first=False)
+    whole.require_equal(reference)
+    sample.require_equal(reference)
+    assert whole.texts.count == 5000
+    assert 2 <= sample.texts.count <= 10
     wrong = found.values.copy()
     at = int(np.flatnonzero(engine_proof.sampled(rows))[1])
     wrong[int(found.lengths[:at].sum())] += 1
     with pytest.raises(EngineDiffersError, match=f"a.jsonl, row {at + 1}$"):
-        Comparison(reference).check(texts, Ids(wrong, found.lengths), rows, "a.jsonl", first=False)
+        Comparison.of(texts, Ids(wrong, found.lengths), rows, "a.jsonl", first=False).require_equal(reference)
 
 
 def test_memory_is_given_back_where_words_never_repeat(tmp_path):

@@ -43,6 +43,7 @@ def model(tmp_path_factory):
 def fast(monkeypatch):
     """The fast engine and processes, although there is little data, in small shards."""
     monkeypatch.setattr(plan, "SMALL_BYTES", 0)
+    monkeypatch.setattr(plan, "ONE_PROCESS_BYTES", 0)
     monkeypatch.setattr(chat_work, "BLOCK_ROWS", 100)
     monkeypatch.setattr(chat_work, "SHARD_BLOCKS", 2)
 
@@ -205,7 +206,7 @@ from pathlib import Path
 from megatron_ext.data import chat_work, plan, shards, tokenization
 from megatron_ext.events import Events
 if __name__ == "__main__":
-    chat_work.BLOCK_ROWS, chat_work.SHARD_BLOCKS, plan.SMALL_BYTES = 100, 2, 0
+    chat_work.BLOCK_ROWS, chat_work.SHARD_BLOCKS, plan.SMALL_BYTES, plan.ONE_PROCESS_BYTES = 100, 2, 0, 0
     finish = shards.Shards.finish_shard
     def slowly(self, *given):
         finish(self, *given)
@@ -282,6 +283,7 @@ def test_real_data_becomes_the_same_ids_by_either_engine(tmp_path, model, name, 
     fitting = {"chat_template": "qwen2.5"}
     reference = written(path, model, tmp_path / "reference", **fitting)
     monkeypatch.setattr(plan, "SMALL_BYTES", 0)
+    monkeypatch.setattr(plan, "ONE_PROCESS_BYTES", 0)
     manifest = written(path, model, tmp_path / "out", workers=1, **fitting)
     assert (manifest.kind, manifest.row_format, manifest.engine.name) == (kind, format, "gigatoken")
     assert documents in (None, manifest.documents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,17 @@ from chat_data import write_chat_tokenizer
 from sentencepiece_data import TEXT, write_sentencepiece
 
 from megatron_ext.data.chat_templates import find_template, special_tokens
+from megatron_ext.data.definition import Definition
 from megatron_ext.data.encoding import encode, to_arrays
 from megatron_ext.data.idxmap import Idxmap
 from megatron_ext.data.rendering import ChatTemplate, Rendered
-from megatron_ext.data.tokenizers import load_tokenizer, require_sentencepiece, require_vocabulary, tokenizer_file
+from megatron_ext.data.tokenizers import (
+    load_tokenizer,
+    read_vocabulary,
+    require_sentencepiece,
+    require_vocabulary,
+    tokenizer_file,
+)
 from megatron_ext.errors import SourceError, VocabularyError
 from megatron_ext.events import Events
 
@@ -154,7 +162,7 @@ def test_a_slow_tokenizer_with_ids_beyond_the_model_is_refused(tmp_path: Path) -
     folder = write_sentencepiece(tmp_path / "hf", legacy=True, pad_token="<pad>")
     (folder / "config.json").write_text('{"vocab_size": 340}')
     with pytest.raises(VocabularyError, match="'<pad>' with id 340"):
-        require_vocabulary(load_tokenizer(folder, slow=True), folder)
+        require_vocabulary(load_tokenizer(folder, slow=True).get_vocab(), folder)
 
 
 def test_a_bare_sentencepiece_model_names_its_special_tokens(tmp_path: Path) -> None:
@@ -186,3 +194,21 @@ def test_documents_of_a_bare_sentencepiece_model_end_with_its_eos_token(tmp_path
     tokenize([tmp_path / "a.jsonl"], folder, out, events=Events(), append_eod=True, slow_tokenizer=slow)
     eos = load_tokenizer(folder, slow=slow).token_to_id("</s>")
     assert Idxmap(out / "tokens")[0].tolist()[-1] == eos
+
+
+def test_the_file_tells_every_id_or_leaves_it_to_tokenizers(tmp_path: Path) -> None:
+    folder = write_chat_tokenizer(tmp_path / "plain")
+    path = folder / "tokenizer.json"
+    assert Definition.read(path).vocabulary == load_tokenizer(folder).get_vocab(with_added_tokens=True)
+    facts = json.loads(path.read_text())
+    facts["added_tokens"].append({**facts["added_tokens"][-1], "content": "<far>", "id": 100_000})
+    facts["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(facts))
+    definition = Definition.read(path)
+    assert definition.vocabulary is None
+    assert json.loads(definition.text)["truncation"] is None
+    found = read_vocabulary(folder, definition, lambda: load_tokenizer(folder))
+    assert found["<far>"] == load_tokenizer(folder).token_to_id("<far>")
+    lacks = write_chat_tokenizer(tmp_path / "lacks", added_tokens_decoder={"9": {"content": "<far>"}})
+    with pytest.raises(VocabularyError, match="'<far>' as id 9"):
+        read_vocabulary(lacks, Definition.read(lacks / "tokenizer.json"), lambda: load_tokenizer(lacks))

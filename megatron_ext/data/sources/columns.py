@@ -22,6 +22,7 @@ from megatron_ext.data.sources.rows import (
     groups_after,
     holds_lines,
     json_lines,
+    line_ends,
     numbered_blocks,
     read_rows,
     text_lines,
@@ -165,7 +166,7 @@ def _read_by_row(place: Place, column: str, block_bytes: int, start: int, bad: O
 def _read_jsonl(place: Place, column: str, block_bytes: int, start: int, bad: OnBad) -> Iterator[ColumnBatch]:
     for number, block in numbered_blocks(place, start, block_bytes):
         values = _parsed_lines(block, column)
-        lines = block.count(b"\n") + (not block.endswith(b"\n"))
+        lines = line_ends(block) + (not block.endswith(b"\n"))
         if values is not None and len(values) == lines:
             yield ColumnBatch(number, values)
             continue
