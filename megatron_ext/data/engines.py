@@ -6,6 +6,7 @@ before the fast engine is believed is in ``engine_proof``.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import threading
@@ -31,6 +32,8 @@ REFERENCE_BYTES = 1 << 20
 """Text that the reference encodes at once: its results take some hundred bytes a token."""
 MEMORY_LIMIT = 560 << 20
 """Resident bytes of the process beyond which the engine's cache of words is emptied."""
+SPARE = 64 << 20
+"""So far below the limit it must be after free memory was given back, or the cache goes."""
 RENEW_AFTER = 16 << 20
 """Bytes of text an engine encodes at least before its cache is emptied."""
 
@@ -208,10 +211,13 @@ class GigatokenEngine:
             return self._together(texts)
 
     def _keep_small(self) -> None:
-        import psutil
-
-        if self._encoded > RENEW_AFTER and psutil.Process().memory_info().rss > self._memory:
+        if self._encoded < RENEW_AFTER or resident() < self._memory:
+            return
+        give_back()
+        self._encoded = 0
+        if resident() > self._memory - SPARE:
             del self._tokenizer  # before the new one is made
+            give_back()
             self._renew()
 
     def _singly(self, texts: Texts) -> Ids:
@@ -258,6 +264,19 @@ class GigatokenEngine:
         values = np.empty(int(lengths.sum()), dtype=np.uint32)
         values[~slow_places], values[slow_places] = fast.values, slow.values
         return Ids(values, lengths, len(unsafe))
+
+
+def resident() -> int:
+    """Resident bytes of this process."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def give_back() -> None:
+    """Return what is free on the heaps of all threads to the system, which glibc does not do by itself."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def engine_version(name: str) -> str:

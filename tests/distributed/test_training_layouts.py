@@ -105,6 +105,11 @@ def test_ranks_that_share_the_context_equal_one_process(base: Path) -> None:
     for name, runtime in (("text-one", {}), ("text-cp2", CP2)):
         run(write_job(base / name, checkpoint, text, runtime=runtime))
     assert_same(base / "text-one", base / "text-cp2")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_that_share_the_context_of_padded_samples_equal_one_process(base: Path) -> None:
     padded = {"packing": False}
     assert_same(trained(base, "padded-one", {}, padded), trained(base, "padded-cp2", CP2, padded))
 

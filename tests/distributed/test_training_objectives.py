@@ -85,6 +85,7 @@ def test_the_reference_computes_as_the_training_does(base: Path, precision: str)
     assert column(out, "margin")[1] != 0
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_preferences_under_pipeline_stages_equal_one_process_with_the_reference_made_before(base: Path) -> None:
     """The reference is a job of its own there, as the flow has it."""

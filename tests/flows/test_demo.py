@@ -37,7 +37,11 @@ def test_the_demo_learns_what_its_base_model_does_not_know(site: Site) -> None:
 
 @pytest.mark.skipif(not REAL, reason="MFLOW_REAL_DATA does not name the folder of real data")
 @pytest.mark.parametrize(
-    ("name", "row_format"), [("alpaca_en_demo.json", "alpaca"), ("autoalign_dummy_sft.json", "sharegpt")]
+    ("name", "row_format"),
+    [
+        ("alpaca_en_demo.json", "alpaca"),
+        pytest.param("autoalign_dummy_sft.json", "sharegpt", marks=pytest.mark.slow),
+    ],
 )
 def test_real_conversations_go_through_the_whole_chain(site: Site, name: str, row_format: str) -> None:
     files = json.dumps([str(Path(REAL or "") / name)])

@@ -67,7 +67,7 @@ def converted(tmp_path, verify="digest", **fields):
     return convert(model, tmp_path / "out", dtype=None, events=Events(), upcycle=config, verify=verify, platform="cpu")
 
 
-@pytest.mark.parametrize("verify", ["digest", "logits"])
+@pytest.mark.parametrize("verify", ["digest", pytest.param("logits", marks=pytest.mark.slow)])
 def test_the_receipt_states_the_difference_before_training(verify, tmp_path):
     receipt = converted(tmp_path, verify)["upcycle"]["step_zero"]
     assert 0 < receipt["max_difference"] <= 1e-5
