@@ -99,7 +99,8 @@ class Finish:
     def _missing(self, side: Batch) -> tuple[np.ndarray, np.ndarray]:
         """(N,) bool each: documents that lack the mark at their start, at their end.
 
-        What a template writes behind the end marker of the last trained answer (ChatML a line break) ends nothing.
+        What a template writes behind the end marker of the last trained answer (ChatML a line break) ends nothing; nor
+        does it where it is trained like all else (``train_on_prompt``), one token long.
         """
         ids, starts, ends = side.ids, side.starts, side.starts + side.lengths
         none = np.zeros(len(starts), dtype=bool)
@@ -109,6 +110,8 @@ class Finish:
             trained = np.flatnonzero(side.mask)
             last = trained[np.maximum(np.searchsorted(trained, ends) - 1, 0)]
             eod &= (last < starts) | (last >= ends) | (ids[last] != self.eod)
+            before = np.maximum(ends - 2, starts)
+            eod &= (last != ends - 1) | (ids[before] != self.eod) | (side.mask[before] == 0)
         return bos, eod
 
     def _finished(self, side: Batch, cuts: Counts, text: bool) -> Batch:

@@ -47,14 +47,19 @@ def test_an_end_mark_that_an_answer_ends_with_is_not_put_on_again():
     side = batch(*([1, EOD, 5], [1, 2, 5], [1, EOD, 5], [1, EOD]), masks=[[1, 1, 0], [1, 1, 0], [0, 0, 0], [1, 1]])
     (marked,), _ = Finish(eod=EOD).apply([side], text=False)
     assert documents_of(marked) == [[1, EOD, 5], [1, 2, 5, EOD], [1, EOD, 5, EOD], [1, EOD]]
+    whole = batch(*([1, EOD, 5], [1, EOD, 5], [EOD, 5, 6], [5]), masks=[[1, 1, 1], [1, 0, 1], [1, 1, 1], [1]])
+    (marked,), _ = Finish(eod=EOD).apply([whole], text=False)
+    assert documents_of(marked) == [[1, EOD, 5], [1, EOD, 5, EOD], [EOD, 5, 6, EOD], [5, EOD]]
     (text,), _ = Finish(eod=EOD).apply([batch([1, EOD, 5])], text=True)
     assert documents_of(text) == [[1, EOD, 5, EOD]]
 
 
-def test_chatml_with_its_own_marker_as_eos_token_ends_once(tmp_path, model):
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+def test_chatml_with_its_own_marker_as_eos_token_ends_once(tmp_path, model, train_on_prompt):
     path, out = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat("q", "a")}]), tmp_path / "out"
     out.mkdir()
-    tokenize([path], model, out, events=Events(), append_eod=True, chat_template="chatml")
+    options = {"append_eod": True, "chat_template": "chatml", "train_on_prompt": train_on_prompt}
+    tokenize([path], model, out, events=Events(), **options)
     said = load_tokenizer(model).decode(Idxmap(out / "tokens")[0].tolist(), skip_special_tokens=False)
     assert said.endswith("assistant\na<|im_end|>\n")
 

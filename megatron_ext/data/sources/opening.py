@@ -149,11 +149,11 @@ def chunks(stream: IO[bytes], size: int = CHUNK_BYTES) -> Iterator[bytes]:
 def line_blocks(stream: IO[bytes], size: int) -> Iterator[bytes]:
     """The rest of a stream in pieces of about ``size`` bytes that end where a line ends; a BOM in front is left out.
 
-    A longer line makes a longer piece.
+    A longer line makes a longer piece. The first piece is an eighth of the others, so that work begins at once.
     """
     parts: list[bytes] = []
     first = True
-    while chunk := stream.read(size):
+    while chunk := stream.read(max(size // 8, 1) if first else size):
         if first:
             chunk, first = chunk.removeprefix(BOM), False
         end = chunk.rfind(b"\n") + 1
