@@ -149,8 +149,12 @@ class Reading:
         for block in blocks:
             source, size = self.sources[block.source], self._sizes[block.source]
             assert source.meter is not None
-            # what is read of a columnar file, or unpacked to be one, says nothing about its rows
-            read = size if block.ends_source else 0 if source.kind in COLUMNAR else min(source.meter.read, size)
+            if block.ends_source:
+                read = size
+            elif source.kind in COLUMNAR:  # the bytes read of one, or unpacked to be one, say nothing about its rows
+                read = size * block.row // source.meter.rows if source.meter.rows else 0
+            else:
+                read = min(source.meter.read, size)
             self.shares.append((sum(self._sizes[: block.source]) + read) / max(sum(self._sizes), 1))
             yield block
 

@@ -41,7 +41,10 @@ def told(files, model, folder, **options):
     return [event for event in lines if event["event"] == "progress"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst", "a.json", "a.json.gz", "a.csv", "a.csv.zst", "a.arrow"])
+PACKED = ("a.jsonl.gz", "a.txt.zst", "a.json.gz", "a.csv.zst", "a.parquet.gz", "a.arrow.zst")
+
+
+@pytest.mark.parametrize("name", [*PACKED, "a.json", "a.csv", "a.arrow"])
 def test_the_time_left_is_told_for_every_kind_of_file(tmp_path, model, often, name):
     kind, _, compression = name.removeprefix("a.").partition(".")
     path = write_texts(tmp_path, f"a.{kind}", TEXTS)

@@ -25,6 +25,7 @@ from megatron_ext.data.sources.rows import (
     line_ends,
     numbered_blocks,
     read_rows,
+    tell_rows,
     text_lines,
 )
 from megatron_ext.errors import DatasetFormatError, EmptyFileError
@@ -303,6 +304,7 @@ def _read_parquet(place: Place, column: str, block_bytes: int, start: int, bad: 
         _require_text(file.schema_arrow.types[index], column, place)
         groups, number = groups_after(file, start)
         metadata = file.metadata
+        tell_rows(place.source, lambda: metadata.num_rows)
         leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
         size = sum(metadata.row_group(g).column(leaf).total_uncompressed_size for g in range(metadata.num_row_groups))
         rows = max(1, min(COLUMNAR_ROWS, block_bytes * metadata.num_rows // max(size, 1)))
@@ -314,6 +316,7 @@ def _read_parquet(place: Place, column: str, block_bytes: int, start: int, bad: 
 def _read_arrow(place: Place, column: str, block_bytes: int, start: int, bad: OnBad) -> Iterator[ColumnBatch]:
     number = 0
     with open_seekable(place.source) as stored:
+        tell_rows(place.source, lambda: sum(map(len, arrow_batches(stored, ()))))
         for batch in arrow_batches(stored, (column,)):
             values = batch.column(_column_index(batch.schema.names, column, place))
             _require_text(values.type, column, place)

@@ -27,10 +27,16 @@ MAGIC = re.compile(r"[*?\[]")
 
 
 class Meter:
-    """Bytes of a file, as stored, that were read since it was opened last."""
+    """How far a file was read since it was opened last.
+
+    Attributes:
+        read: bytes, as stored.
+        rows: of the whole file, where its reader knows; None elsewhere.
+    """
 
     def __init__(self) -> None:
         self.read = 0
+        self.rows: int | None = None
 
 
 @dataclass(frozen=True)

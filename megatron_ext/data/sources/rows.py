@@ -239,6 +239,7 @@ def _read_parquet(place: Place, columns: Collection[str], start: int, bad: OnBad
         wanted = [index for index, name in enumerate(file.schema_arrow.names) if name in columns]
         names = [file.schema_arrow.names[index] for index in wanted] or None
         groups, number = groups_after(file, start)
+        tell_rows(place.source, lambda: file.metadata.num_rows)
         rows = _rows_at_once(file.metadata, columns)
         for batch in file.iter_batches(batch_size=rows, columns=names, row_groups=groups):
             yield from _batch_rows(batch, number, start, place, bad)
@@ -251,6 +252,12 @@ def _rows_at_once(metadata: Any, columns: Collection[str]) -> int:
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     size = sum(group.column(n).total_uncompressed_size for group in groups for n in leaves)
     return max(1, min(COLUMNAR_BATCH, COLUMNAR_BYTES * metadata.num_rows // max(size, 1)))
+
+
+def tell_rows(source: Source, count: Callable[[], int]) -> None:
+    """Count the rows of a compressed columnar file, now that it is unpacked; of others ``SourceFacts`` counts them."""
+    if source.meter is not None and source.compression is not None:
+        source.meter.rows = count()
 
 
 def groups_after(file: Any, start: int) -> tuple[list[int], int]:
@@ -267,6 +274,7 @@ def groups_after(file: Any, start: int) -> tuple[list[int], int]:
 def _read_arrow(place: Place, columns: Collection[str], start: int, bad: OnBad) -> Iterator[Row]:
     number = 0
     with open_seekable(place.source) as stored:
+        tell_rows(place.source, lambda: sum(map(len, arrow_batches(stored, ()))))
         for batch in arrow_batches(stored, columns):
             yield from _batch_rows(batch, number, start, place, bad)
             number += len(batch)
@@ -276,6 +284,7 @@ def arrow_batches(stored: Any, columns: Collection[str]) -> Iterator[Any]:
     """Record batches of an IPC file or stream with the wanted columns (with all, when it has none of them)."""
     from pyarrow import ipc
 
+    stored.seek(0)
     is_file = stored.read(6) == b"ARROW1"
     opened = ipc.open_file if is_file else ipc.open_stream
     stored.seek(0)
