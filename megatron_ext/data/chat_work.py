@@ -21,7 +21,7 @@ from megatron_ext.data.counts import Counts
 from megatron_ext.data.definition import Definition
 from megatron_ext.data.documents import Batch, Finish
 from megatron_ext.data.encoding import MaskMaker, encode_by_reference
-from megatron_ext.data.engine_proof import Comparison
+from megatron_ext.data.engine_proof import FIRST_BYTES, Comparison
 from megatron_ext.data.engines import GIGATOKEN, GigatokenEngine, ReferenceEngine, Texts
 from megatron_ext.data.formats import Conversation, Preference, parse_row, wanted_columns
 from megatron_ext.data.rendering import ChatTemplate, Rendered
@@ -139,7 +139,7 @@ class ChatEncoder:
         texts = Texts.of_strings(document.text for document in documents)
         ids = self._engine.encode(texts)
         counts.reference_documents += ids.from_reference
-        comparison = Comparison.of(texts, ids, rows, block.place, first=block.first)
+        comparison = Comparison.of(texts, ids, rows, block.place, first=FIRST_BYTES if block.first else 0)
         comparison.require_equal(self._reference)
         counts.compared_documents += comparison.texts.count
         counts.compared_bytes += int(comparison.texts.bounds[-1])

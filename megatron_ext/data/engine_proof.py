@@ -113,11 +113,9 @@ class Comparison:
     place: str
 
     @classmethod
-    def of(cls, texts: Texts, found: Ids, rows: np.ndarray, place: str, *, first: bool) -> Comparison:
-        """The chosen ones of some documents; ``first``: they stand at the start of the data."""
-        chosen = sampled(rows)
-        if first:
-            chosen |= np.cumsum(texts.sizes) <= FIRST_BYTES
+    def of(cls, texts: Texts, found: Ids, rows: np.ndarray, place: str, *, first: int = 0) -> Comparison:
+        """The chosen ones of some documents; those in the ``first`` bytes belong to the start of the data."""
+        chosen = sampled(rows) | (np.cumsum(texts.sizes) <= first)
         numbers = np.flatnonzero(chosen)
         starts = np.cumsum(found.lengths) - found.lengths
         values = [found.values[starts[n] : starts[n] + found.lengths[n]] for n in numbers]

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_ext.data.counts import Counts
 from megatron_ext.data.documents import Batch, Finish
-from megatron_ext.data.engine_proof import Comparison
+from megatron_ext.data.engine_proof import FIRST_BYTES, Comparison
 from megatron_ext.data.engines import GigatokenEngine, ReferenceEngine, Texts
 from megatron_ext.data.sources import ColumnBatch, Source, column_batches
 from megatron_ext.errors import DatasetFormatError
@@ -57,14 +57,17 @@ class Skipped:
 
 @dataclass
 class TextBlock:
-    """Rows of one file with text, and what was skipped among them; without rows at the end of a file."""
+    """Rows of one file with text, and what was skipped among them; without rows at the end of a file.
+
+    The ``first`` bytes of the text are the start of the data.
+    """
 
     source: int
     place: str
     row: int
     batch: ColumnBatch | None
     skipped: Counts
-    first: bool
+    first: int = 0
 
     @property
     def ends_source(self) -> bool:
@@ -74,16 +77,19 @@ class TextBlock:
 
 def text_blocks(sources: list[Source], column: str, position: tuple[int, int], *, skip: bool) -> Iterator[TextBlock]:
     """The blocks of all files, from behind ``position`` (source, row)."""
+    first = FIRST_BYTES if position == (0, 0) else 0  # of the first shard, which is made whole or again
     for number, source in enumerate(sources):
         start = position[1] if number == position[0] else 0
         if number < position[0]:
             continue
         skipped, row = Skipped(skip), start
-        for batch in column_batches(source, column, BLOCK_BYTES, start, skipped.on_bad):
-            first = number == 0 and row == 0
+        for held, batch in enumerate(column_batches(source, column, BLOCK_BYTES, start, skipped.on_bad), start=1):
             row = batch.last_row
             yield TextBlock(number, str(source), row, batch, skipped.take(), first)
-        yield TextBlock(number, str(source), row, None, skipped.take(), False)
+            if first:
+                first = max(0, first - int(Texts.of_arrow(batch.values).sizes.sum())) if held < SHARD_BLOCKS else 0
+        first = 0
+        yield TextBlock(number, str(source), row, None, skipped.take())
 
 
 class TextWorker:

@@ -134,7 +134,7 @@ def resumed(base: Path, name: str, runtime: dict) -> Path:
     return out
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["selective", "block", pytest.param("uniform", marks=pytest.mark.slow)])
 def test_recomputation_changes_no_digit(base: Path, way: str) -> None:
     assert_same(base / "one", trained(base, way, WAYS[way]), tolerance=0)
 

@@ -146,6 +146,7 @@ def test_sigterm_to_the_launcher_of_two_ranks_saves_and_ends_with_0_and_goes_on_
     assert_equal(of_two, out)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_tensor_parallel_ranks_that_were_killed_end_bit_for_bit_as_uninterrupted(base: Path) -> None:
     layout = {"nproc_per_node": 2, "tensor_model_parallel_size": 2, "grace_seconds": 1}

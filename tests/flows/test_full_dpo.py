@@ -69,6 +69,7 @@ def test_a_second_run_is_cached_and_another_learning_rate_keeps_the_reference(
         assert lines["tokenize-dataset"].strip() == "cached"
 
 
+@pytest.mark.slow
 def test_a_rebuilt_checkpoint_fits_the_reference_that_was_computed_with_the_damaged_one(
     server: Site, preferred: dict[str, Any], recipe: Path
 ) -> None:

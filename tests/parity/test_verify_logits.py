@@ -21,6 +21,7 @@ def folder(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_windowed_model_that_is_rounded_on_the_way_passes(tmp_path):
     model = write_model(tmp_path / "hf", "mistral", num_hidden_layers=2, sliding_window=24, dtype="float32")
     checkpoint = folder(tmp_path / "checkpoint")
