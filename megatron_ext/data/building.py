@@ -61,7 +61,7 @@ def build(
         start: what encodes, and the moment that templates may write.
         proof: outcome of the stress set; awaited before the first shard is finished.
         facts: for the number of rows.
-        workers: threads (text) or processes (conversations).
+        workers: threads, or processes for many conversations.
 
     Raises:
         EngineDiffersError: the engine is not exact on this tokenizer or data.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,15 +34,10 @@ class Definition:
         Raises:
             SourceError: it is not readable.
         """
-        collects = gc.isenabled()
-        gc.disable()  # half a million objects, none of them in a cycle
         try:
             return cls.of(path.read_bytes())
         except (OSError, ValueError) as error:
             raise SourceError(f"{path} is not a readable tokenizer: {error}") from None
-        finally:
-            if collects:
-                gc.enable()
 
     @classmethod
     def of(cls, text: bytes) -> Definition:

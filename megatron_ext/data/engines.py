@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -112,14 +112,6 @@ class Ids(NamedTuple):
         return self.values[start : start + int(self.lengths[number])]
 
 
-class Engine(Protocol):
-    """Encodes texts without adding special tokens."""
-
-    name: str
-
-    def encode(self, texts: Texts) -> Ids: ...
-
-
 class ReferenceEngine:
     """The tokenizer itself, or what ``load`` gives when it is first needed; threads may share it."""
 
@@ -138,11 +130,6 @@ class ReferenceEngine:
                 assert self._load is not None
                 self._tokenizer = self._load()
         return self._tokenizer
-
-    @property
-    def name(self) -> str:
-        """Of the engine."""
-        return TOKENIZERS if type(self.tokenizer).__module__.startswith("tokenizers") else PYTHON
 
     def encode(self, texts: Texts) -> Ids:
         """Ids of the texts, a part at a time."""
@@ -165,8 +152,6 @@ class GigatokenEngine:
     Raises:
         ValueError: gigatoken does not take this tokenizer; says why.
     """
-
-    name = GIGATOKEN
 
     def __init__(self, definition: Definition, reference: ReferenceEngine, threads: int = 1) -> None:
         self.definition, self._reference, self._parallel = definition, reference, threads > 1

@@ -84,7 +84,7 @@ def tokenize(
             are written.
         tokenizer: Hugging Face folder with the tokenizer, and config.json if the vocabulary is to be checked.
         out: folder to write; what a killed attempt at the same left there is gone on with, anything else is cleared.
-        workers: threads (text) or processes (conversations); None takes one for each core.
+        workers: threads, or processes for many conversations; None takes one for each core.
         extra_vocab_size: tokens that the tokenizer may have beyond the model's vocabulary.
         options: fields of ``config.TokenizeOptions``.
 

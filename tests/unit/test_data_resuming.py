@@ -31,7 +31,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(text_work, "BLOCK_BYTES", 1 << 13)
     monkeypatch.setattr(text_work, "SHARD_BLOCKS", 3)
     monkeypatch.setattr(plan, "SMALL_BYTES", 0)
-    monkeypatch.setattr(plan, "ONE_PROCESS_BYTES", 0)
 
 
 @pytest.fixture

@@ -73,6 +73,9 @@ def test_processes_and_engines_give_the_same_bytes(tmp_path, model, fast, monkey
     for workers in (1, 2):
         written(path, model, tmp_path / f"{workers}", workers=workers)
     assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "2")
+    monkeypatch.setattr(plan, "ONE_PROCESS_BYTES", 1 << 30)  # two threads share an encoder
+    written(path, model, tmp_path / "threads", workers=2)
+    assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "threads")
     monkeypatch.setattr(plan, "SMALL_BYTES", 1 << 30)
     written(path, model, tmp_path / "reference")
     manifest = "manifest.json"
@@ -283,7 +286,6 @@ def test_real_data_becomes_the_same_ids_by_either_engine(tmp_path, model, name, 
     fitting = {"chat_template": "qwen2.5"}
     reference = written(path, model, tmp_path / "reference", **fitting)
     monkeypatch.setattr(plan, "SMALL_BYTES", 0)
-    monkeypatch.setattr(plan, "ONE_PROCESS_BYTES", 0)
     manifest = written(path, model, tmp_path / "out", workers=1, **fitting)
     assert (manifest.kind, manifest.row_format, manifest.engine.name) == (kind, format, "gigatoken")
     assert documents in (None, manifest.documents)

@@ -22,7 +22,7 @@ import resource, sys
 from pathlib import Path
 from megatron_ext.data import plan, tokenization
 from megatron_ext.events import Events
-plan.SMALL_BYTES = plan.ONE_PROCESS_BYTES = 0
+plan.SMALL_BYTES = 0
 options = {"chat_template": "chatml", "workers": 1, "events": Events()}
 tokenization.tokenize([sys.argv[1]], Path(sys.argv[3]), Path(sys.argv[4]) / "start", **options)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
