@@ -84,7 +84,8 @@ class Shards:
             if kind != "text":
                 self._streams[f"{side}{LOSS_MASK}.bin"] = Stream(out / f"{side}{LOSS_MASK}.bin", np.dtype(np.uint8))
             self._streams[f"{side}lengths"] = Stream(out / f".{side}lengths", np.dtype("<i4"))
-        self._shard, self._uncounted = Counts(), list[np.ndarray]()
+        self._shard = Counts()
+        self._uncounted, self._held = np.empty(COUNTED_AT_ONCE, dtype=np.intp), 0
         self._journal: BinaryIO | None = None
 
     @property
@@ -189,15 +190,16 @@ class Shards:
         """Count them, many at once: a table of the vocabulary's size is filled each time."""
         if (largest := int(ids.max(initial=0))) >= len(self.frequencies):
             raise VocabularyError(f"token id {largest} is beyond the vocabulary of {len(self.frequencies)}")
-        self._uncounted.append(ids)
-        if sum(map(len, self._uncounted)) >= COUNTED_AT_ONCE:
-            self._count()
+        for part in np.split(ids, range(COUNTED_AT_ONCE, len(ids), COUNTED_AT_ONCE)):
+            if self._held + len(part) > COUNTED_AT_ONCE:
+                self._count()
+            self._uncounted[self._held : self._held + len(part)] = part
+            self._held += len(part)
 
     def _count(self) -> None:
-        if self._uncounted:
-            counts = np.bincount(np.concatenate(self._uncounted))
-            self.frequencies[: len(counts)] += counts
-            self._uncounted = []
+        counts = np.bincount(self._uncounted[: self._held])
+        self.frequencies[: len(counts)] += counts
+        self._held = 0
 
     def _count_shard(self, source: int, row: int, counts: Counts) -> None:
         self.total.add(counts)
