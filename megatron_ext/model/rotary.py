@@ -119,8 +119,7 @@ def rotate(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """(T, B, A, D) queries or keys turned by (T, 1, 1, D) angles, the halves of D as real and imaginary part."""
     turns = getattr(angles, "turns", None)
     if turns is None or turns[0].dtype != heads.dtype:
-        half = angles[..., : angles.size(-1) // 2]
-        turns = angles.turns = half.cos().to(heads.dtype), half.sin().to(heads.dtype)
+        turns = angles.turns = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
     return _Rotation.apply(heads, *turns)
 
 
@@ -136,10 +135,8 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, back: bool) -> torch.Tensor:
-    (real, imaginary), result = heads.chunk(2, -1), torch.empty_like(heads)
-    new_real, new_imaginary = result.chunk(2, -1)
-    torch.mul(real, cosine, out=new_real)
-    torch.mul(imaginary, cosine, out=new_imaginary)
-    new_real.sub_(imaginary * sine, alpha=-1 if back else 1)
-    new_imaginary.add_(real * sine, alpha=-1 if back else 1)
+    result = heads * cosine
+    (new_real, new_imaginary), (real, imaginary) = result.chunk(2, -1), (heads * sine).chunk(2, -1)
+    new_real.sub_(imaginary, alpha=-1 if back else 1)
+    new_imaginary.add_(real, alpha=-1 if back else 1)
     return result

@@ -226,7 +226,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
             named["device"] = cpu
         if named.get("pin_memory"):
             named["pin_memory"] = False
-        if any(is_cuda(value) for value in arguments):
+        if any(map(is_cuda, arguments)):
             arguments = tuple(cpu if is_cuda(value) else value for value in arguments)
         return function(*arguments, **named)
 

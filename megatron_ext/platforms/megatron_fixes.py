@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import types
@@ -243,17 +244,32 @@ def _leave_a_rank_alone_on_cpu() -> None:
 
 def _accumulate_gradients_on_cpu() -> None:
     """Not a bug, a limit: ``gradient_accumulation_fusion`` is written for CUDA. A BLAS adds a product to what is there
-    as well, where all are of one type.
+    as well, where all are of one type; and where no other rank holds a part, nothing else is to be done.
     """
-    import torch
     from megatron.core.tensor_parallel import layers
 
-    def accumulate(inputs: torch.Tensor, gradient: torch.Tensor, total: torch.Tensor) -> None:
-        if gradient.dtype == total.dtype:
-            total.addmm_(gradient.t(), inputs)
-        else:
-            total.add_(gradient.t().matmul(inputs))
+    from megatron_ext.model.linear import accumulate, linear
 
+    original = layers.linear_with_grad_accumulation_and_async_allreduce
+
+    @functools.wraps(original)  # it keeps whether it warned on the function of that name
+    def apply(
+        input: Any,
+        weight: Any,
+        bias: Any,
+        gradient_accumulation_fusion: bool,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        grad_output_buffer: Any = None,
+        **named: Any,
+    ) -> Any:
+        exchanging = allreduce_dgrad or sequence_parallel or grad_output_buffer is not None
+        if gradient_accumulation_fusion and not exchanging and hasattr(weight, "main_grad"):
+            return linear(input, weight, bias)
+        given = gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel, grad_output_buffer
+        return original(input, weight, bias, *given, **named)
+
+    layers.linear_with_grad_accumulation_and_async_allreduce = apply
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
     layers._grad_accum_fusion_available = True
 
