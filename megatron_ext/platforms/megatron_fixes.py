@@ -227,9 +227,12 @@ def _exchange_uneven_parts_on_cpu() -> None:
 def _leave_a_rank_alone_on_cpu() -> None:
     """Not a bug, a cost: one data-parallel rank sums and gathers its own buffers in place, which gloo does by copying
     them on threads of its own. From then on OpenMP counts more threads than cores, so that torch's sleep while they
-    wait for each other: a step takes a third longer.
+    wait for each other: a step takes a third longer. And without tensor parallelism every linear layer has two more
+    nodes of the graph that do nothing.
     """
     from megatron.core.distributed import param_and_grad_buffer as module
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
     gather, scatter = module.dist_all_gather_func, module.dist_reduce_scatter_func
 
@@ -239,7 +242,16 @@ def _leave_a_rank_alone_on_cpu() -> None:
     def scatter_of_several(own: Any, whole: Any, op: Any, group: Any = None, async_op: bool = False) -> Any:
         return scatter(own, whole, op=op, group=group, async_op=async_op) if group.size() > 1 else None
 
+    def of_several(original: Any) -> Any:
+        def exchange(tensor: Any, group: Any = None) -> Any:
+            group = get_tensor_model_parallel_group_if_none(group)
+            return original(tensor, group=group) if group.size() > 1 else tensor
+
+        return exchange
+
     module.dist_all_gather_func, module.dist_reduce_scatter_func = gather_of_several, scatter_of_several
+    for name in ("copy_to_tensor_model_parallel_region", "reduce_from_tensor_model_parallel_region"):
+        setattr(layers, name, of_several(getattr(layers, name)))
 
 
 def _accumulate_gradients_on_cpu() -> None:
