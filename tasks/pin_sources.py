@@ -94,7 +94,7 @@ def _digests(parts: dict[str, DemoName | Files]) -> dict[str, object]:
     def rows(folder: str) -> tuple[str, ...]:
         return tuple(digest for name in parts if name.startswith(folder) for digest in digested(name).values())
 
-    def blend(folder: str) -> tuple[tuple[float, str], ...]:
+    def blend(folder: str) -> tuple[tuple[float | None, str], ...]:
         return tuple(_blended(part) for name, part in parts.items() if name.startswith(folder))
 
     return {
@@ -108,9 +108,9 @@ def _digests(parts: dict[str, DemoName | Files]) -> dict[str, object]:
     }
 
 
-def _blended(part: DemoName | Files) -> tuple[float, str]:
-    """Weight of a data file, and which entry of the recipe named it."""
-    return (part.weight, part.given) if isinstance(part, Files) else (1.0, part.url)
+def _blended(part: DemoName | Files) -> tuple[float | None, str]:
+    """Weight of a data file, if it was given one, and which entry of the recipe named it."""
+    return (part.weight, part.given) if isinstance(part, Files) else (None, part.url)
 
 
 def _demo_files(demo: DemoName, part: str, *, make: bool = False) -> Files | None:

@@ -69,7 +69,7 @@ class Files:
     digests: Mapping[str, str]
     origin: str
     url: str | None = None
-    weight: float = 1.0
+    weight: float | None = None
     given: str = ""
 
 

@@ -11,7 +11,7 @@ from tasks.stage import stage
 from tasks.templates import template_argument, template_identity
 
 IDENTITY, VERSION = "tokenize-dataset", 3
-Blend = tuple[tuple[float, str], ...]
+Blend = tuple[tuple[float | None, str], ...]
 
 
 @stage("tokenize-dataset", version=VERSION, makes=IdxmapDataset, identity=IDENTITY)
@@ -56,9 +56,9 @@ def _tokenized(
     )
 
 
-def _weights(blend: Blend) -> list[list[float | int]]:
+def _weights(blend: Blend) -> list[list[float | int | None]]:
     """Weight of each file and number of the entry that named it, where any file has a weight; names do not matter."""
-    if all(weight == 1.0 for weight, _ in blend):
+    if all(weight is None for weight, _ in blend):
         return []
     entries = list(dict.fromkeys(given for _, given in blend))
     return [[weight, entries.index(given)] for weight, given in blend]

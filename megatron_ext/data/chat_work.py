@@ -5,6 +5,7 @@ Rows are read in one process and rendered in others; each holds its own template
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,8 @@ from megatron_ext.errors import ChatTemplateError, DatasetFormatError, RowFormat
 BLOCK_ROWS, BLOCK_BYTES = 256, 2 << 20
 """A block ends at whichever comes first; the second is about the content, see ``content_size``."""
 SHARD_BLOCKS = 64
+TURNS_IN_CELLS = ("prompt_completion", "preference")
+"""Formats with fields that hold a text or turns; a csv file can only hold these as JSON."""
 
 
 @dataclass
@@ -65,12 +68,25 @@ def chat_blocks(
         skipped, row, held, first = Skipped(skip), start, [], number == 0 and start == 0
         size = 0
         for row, value in read_rows(source, wanted_columns(format, columns), start, skipped.on_bad):
+            if source.kind == ".csv" and format in TURNS_IN_CELLS:
+                value = {name: _turns_of(cell) for name, cell in value.items()}
             held.append((row, value))
             size += content_size(value)
             if len(held) == BLOCK_ROWS or size >= BLOCK_BYTES:
                 yield ChatBlock(number, str(source), format, row, held, skipped.take(), first=first)
                 held, first, size = [], False, 0
-        yield ChatBlock(number, str(source), format, row, held, skipped.take(), True, first)
+        yield ChatBlock(number, str(source), format, max(row, skipped.row), held, skipped.take(), True, first)
+
+
+def _turns_of(cell: Any) -> Any:
+    """The turns of which a cell holds the JSON text, or the cell."""
+    if not (isinstance(cell, str) and cell.lstrip().startswith("[")):
+        return cell
+    try:
+        turns = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+    return turns if turns and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns) else cell
 
 
 def content_size(value: Any) -> int:

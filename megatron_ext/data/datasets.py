@@ -102,7 +102,7 @@ class Dataset:
         Raises:
             SourceError: the manifest's files do not add up to the documents.
         """
-        if all(file.get("weight", 1.0) == 1.0 for file in self.facts.get("files", [])):
+        if all(file.get("weight") is None for file in self.facts.get("files", [])):
             return (Pool(0, len(self.tokens[0]), 1.0),)
         return self.inputs
 
@@ -123,7 +123,7 @@ class Dataset:
                 pools[-1] = replace(pools[-1], last=at)
             else:
                 name = file.get("input") or file["name"]
-                pools.append(Pool(first, at, float(file.get("weight", 1.0)), name))
+                pools.append(Pool(first, at, float(file.get("weight") or 1.0), name))
                 inputs.append(given)
         if at != count:
             raise SourceError(f"{self.place}: its files hold {at} documents, but there are {count}; make it again")

@@ -64,8 +64,10 @@ class SourceFile(Section):
     rows: int = Field(description="Rows that became documents, or were left out for what they are (empty, overlong).")
     digest: str = Field(description="xxh3-128 of its bytes; of what the server says identifies them, for a URL.")
     format: str
-    weight: float = Field(
-        default=1.0, description="Share in a blend, relative to the other inputs; used when training reads."
+    weight: float | None = Field(
+        default=None,
+        description="Share in a blend, relative to the other inputs; used when training reads. Nothing where none was "
+        "given: 1 beside inputs that have some.",
     )
     input: str = Field(default="", description="What the user wrote that named this file: itself, a glob, a folder.")
     entry: int | None = Field(

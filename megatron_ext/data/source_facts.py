@@ -20,9 +20,12 @@ CHUNK = 4 << 20
 REQUESTS = 8
 """To servers at once."""
 FileState = list[int] | str
-MARKS = ("sha256", "blob_id", "etag", "ETag", "checksum", "md5", "content_md5", "md5Hash", "version_id", "ino")
+MARKS = (
+    "sha256", "blob_id", "etag", "ETag", "checksum", "md5", "content_md5", "Content-MD5", "Digest", "md5Hash",
+    "version_id", "ino",
+)  # fmt: skip
 """What file systems say of a file that changes with its content."""
-TIMES = ("mtime", "last_modified", "LastModified", "modified", "updated", "created")
+TIMES = ("mtime", "last_modified", "LastModified", "Last-Modified", "modified", "updated", "created")
 
 
 class SourceFacts:

@@ -40,13 +40,19 @@ class Done:
 
 
 class Skipped:
-    """Rows that cannot be read, counted until a block takes them along; an error where rows must not be skipped."""
+    """Rows that cannot be read, counted until a block takes them along; an error where rows must not be skipped.
+
+    Attributes:
+        row: number of the last of them, up to which a block that takes them along goes.
+    """
 
     def __init__(self, skip: bool) -> None:
         self.on_bad: Callable[[int, DatasetFormatError], None] | None = self._note if skip else None
+        self.row = 0
         self._counts = Counts()
 
     def _note(self, number: int, error: DatasetFormatError) -> None:
+        self.row = number
         self._counts.add(Counts(rows=1, skipped=1, named=[str(error)]))
 
     def take(self) -> Counts:
@@ -84,12 +90,12 @@ def text_blocks(sources: list[Source], column: str, position: tuple[int, int], *
             continue
         skipped, row = Skipped(skip), start
         for held, batch in enumerate(column_batches(source, column, BLOCK_BYTES, start, skipped.on_bad), start=1):
-            row = batch.last_row
+            row = max(batch.last_row, skipped.row)
             yield TextBlock(number, str(source), row, batch, skipped.take(), first)
             if first:
                 first = max(0, first - int(Texts.of_arrow(batch.values).sizes.sum())) if held < SHARD_BLOCKS else 0
         first = 0
-        yield TextBlock(number, str(source), row, None, skipped.take())
+        yield TextBlock(number, str(source), max(row, skipped.row), None, skipped.take())
 
 
 class TextWorker:

@@ -1,5 +1,6 @@
 """One bad row, or one empty file, among many: named by default, counted where rows are skipped."""
 
+import io
 import json
 
 import pyarrow
@@ -10,7 +11,8 @@ from tiny import write_jsonl
 
 from megatron_ext.data.inspection import inspect_dataset
 from megatron_ext.data.manifest import DatasetManifest
-from megatron_ext.data.sources import read_rows
+from megatron_ext.data.sources import column_batches, read_rows
+from megatron_ext.data.sources.quotes import Quotes
 from megatron_ext.data.tokenization import tokenize
 from megatron_ext.errors import DatasetFormatError
 from megatron_ext.events import Events
@@ -70,6 +72,48 @@ def test_a_bad_quote_costs_its_own_record(tmp_path, model):
     assert bad == [2, 4]
     assert [number for number, _ in read_rows(tmp_path / "a.csv", start=2, on_bad=lambda *_: None)] == [3]
     assert tokenize(*given, events=Events(), on_bad_row="skip")["skipped_rows"] == 2
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        'x,text\na,"b\nc,"d\n',  # as many quotes as a valid file: the break in the middle joins two records
+        'text,x\n"b"c,1\n"d",2\n"e"f,3\n',
+        "text,x\n" + "good,1\n" * 40 + 'b"c"d,1\n',
+        'text\n"a""b"\n"a"" b\n',
+    ],
+)
+@pytest.mark.parametrize("block", [16 << 20, 24])
+def test_a_quote_astray_in_a_csv_is_read_as_by_row(tmp_path, lines, block):
+    path = tmp_path / "a.csv"
+    path.write_text(lines)
+    rows, bad, bad_too = [], [], []
+    for number, row in read_rows(path, on_bad=lambda number, error: bad.append((number, str(error)))):
+        rows.append((number, row["text"]))
+    batches = column_batches(path, "text", block, on_bad=lambda number, error: bad_too.append((number, str(error))))
+    found = [(batch.row(i), str(value)) for batch in batches for i, value in enumerate(batch.values)]
+    assert (found, bad_too) == (rows, bad)
+
+
+@pytest.mark.parametrize("cut", range(1, 60))
+def test_quotes_in_their_places_are_known_wherever_the_pieces_end(cut):
+    text = b'text,x\n"a",1\r\n"b ""c"" d",2\n"""","e\nf"\n"",3\nplain,"g, h"\n'
+    quotes = Quotes(io.BytesIO(text))
+    while quotes.read(cut):
+        pass
+    assert (quotes.open, quotes.astray) == (False, False)
+
+
+def test_two_rows_in_a_line_are_refused_though_a_blank_line_makes_up_for_it(tmp_path, model):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}{"text": "b"}\n \n')
+    with pytest.raises(DatasetFormatError, match=r"a\.jsonl, row 1: the line is not valid JSON"):
+        tokenize([tmp_path / "a.jsonl"], model, tmp_path / "out", events=Events(), format="text")
+
+
+def test_a_number_of_too_many_digits_names_its_row(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": ' + "7" * 5000 + "}]")
+    with pytest.raises(DatasetFormatError, match=r"a\.json, row 2: not valid JSON \(Exceeds the limit"):
+        list(read_rows(tmp_path / "a.json"))
 
 
 @pytest.mark.parametrize("name", ["part.jsonl", "part.json", "part.csv", "part.txt", "part.jsonl.gz", "part.parquet"])

@@ -68,6 +68,17 @@ def test_files_of_one_name_in_several_folders_keep_their_own_weights(tmp_path, m
     assert [file["entry"] for file in named] == [0, 1]
 
 
+@pytest.mark.parametrize("way", [by_command, by_flow, by_library])
+def test_a_weight_of_one_is_a_weight(tmp_path, model, way):
+    first, second = texts(tmp_path / "a.jsonl", 1), texts(tmp_path / "b.jsonl", 4)
+    way([f"1:{first}", f"1:{second}"], model, tmp_path / "out")
+    assert pools(tmp_path / "out") == [(0, 1, 1.0), (1, 5, 1.0)]
+    way([str(first), str(second)], model, tmp_path / "one")
+    assert pools(tmp_path / "one") == [(0, 5, 1.0)]
+    way([str(first), f"3:{second}"], model, tmp_path / "both")
+    assert pools(tmp_path / "both") == [(0, 1, 1.0), (1, 5, 3.0)]
+
+
 def test_columns_are_for_the_files_that_have_some(tmp_path, model):
     write_jsonl(tmp_path / "a.jsonl", [{"body": "one"}])
     (tmp_path / "b.txt").write_text("two\nthree\n")

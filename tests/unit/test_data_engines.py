@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from chat_data import CHATS, SPECIAL, write_chat_tokenizer
-from tokenizers import Regex, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from megatron_ext.data import engine_proof
 from megatron_ext.data.chat_templates import find_template, special_tokens
@@ -26,12 +26,21 @@ LLAMA3 = (
     r"\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-KINDS = ("gpt2", "llama3", "qwen2", "llama2")
+KINDS = ("gpt2", "llama3", "qwen2", "llama2", "mistral")
 
 
 def tokenizer_of(folder, kind):
-    """A small tokenizer as GPT-2 (byte-level), Llama-3, Qwen2 (NFC) or Llama-2 and Mistral (byte fallback) has it."""
-    tokenizer = load_tokenizer(write_chat_tokenizer(folder, "metaspace" if kind == "llama2" else "bytes"))
+    """A small tokenizer as GPT-2 (byte-level), Llama-3 (which takes words that are tokens whole), Qwen2 (NFC), Llama-2
+    (byte fallback, spaces by a normalizer) or newer files of Mistral (byte fallback, spaces by Metaspace) have it.
+    """
+    tokenizer = load_tokenizer(write_chat_tokenizer(folder, "metaspace" if kind in ("llama2", "mistral") else "bytes"))
+    if kind == "llama3":
+        facts = json.loads(tokenizer.to_str())
+        facts["model"]["ignore_merges"] = True
+        tokenizer = Tokenizer.from_str(json.dumps(facts))
+    if kind == "mistral":
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
     if kind in ("llama3", "qwen2"):
         pattern = Regex(LLAMA3 if kind == "llama3" else QWEN2)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -34,7 +34,7 @@ def test_a_weight_stands_in_front(tmp_path):
     touch(tmp_path, "a.jsonl", "b.jsonl", "c.jsonl", "0.5:d.jsonl")
     found = expand([f"0.7:{tmp_path}/[ab].jsonl", f"3:{tmp_path / 'c.jsonl'}", Source(str(tmp_path / "0.5:d.jsonl"))])
     assert [(source.name, source.weight) for source in found] == [
-        ("a.jsonl", 0.7), ("b.jsonl", 0.7), ("c.jsonl", 3.0), ("0.5:d.jsonl", 1.0),
+        ("a.jsonl", 0.7), ("b.jsonl", 0.7), ("c.jsonl", 3.0), ("0.5:d.jsonl", None),
     ]  # fmt: skip
     with pytest.raises(SourceError, match="a weight is a number greater than 0"):
         expand([f"0:{tmp_path}/a.jsonl"])
@@ -126,6 +126,16 @@ def test_a_file_on_a_web_server_is_read_and_its_query_is_no_part_of_its_kind(tmp
     assert [row["text"] for _, row in read_rows(source)] == TEXTS
     with pytest.raises(SourceError, match=r"gone\.jsonl does not exist"):
         list(read_rows(f"{web}/gone.jsonl"))
+
+
+def test_a_web_server_that_names_a_time_of_change_alone_is_enough(tmp_path, web):
+    from megatron_ext.data.source_facts import remote_digest
+
+    (source,) = expand([f"{web}/{write_texts(tmp_path, 'd.jsonl', TEXTS).name}"])
+    before = remote_digest(source)
+    assert remote_digest(source) == before
+    os.utime(tmp_path / "d.jsonl", (1, 1))
+    assert remote_digest(source) != before
 
 
 def test_a_file_named_in_two_ways_is_named_twice(tmp_path):

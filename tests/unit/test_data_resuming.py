@@ -91,6 +91,41 @@ def test_a_read_error_keeps_the_finished_shards_and_says_so(tmp_path, model, sma
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", ["text", "chats"])
+def test_rows_that_were_skipped_at_the_end_of_a_shard_are_not_counted_again(
+    tmp_path, model, small_blocks, monkeypatch, kind
+):
+    if kind == "text":
+        first = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": 3}])
+        second, options = rows(tmp_path / "b.jsonl", TEXTS), {"format": "text"}
+    else:
+        (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat("hello", "you")}) + "\nbroken\n")
+        first = tmp_path / "a.jsonl"
+        second = write_jsonl(tmp_path / "b.jsonl", [{"messages": chat(text, text)} for text in TEXTS])
+        options = {"format": "messages", "chat_template": "chatml", "workers": 1}
+    given = {"events": Events(), "on_bad_row": "skip", **options}
+    opened = opening._open_stored
+    with monkeypatch.context() as patched:
+
+        @contextmanager
+        def breaking(source):
+            with opened(source) as stream:
+                yield Broken(stream, 1) if source.name == "b.jsonl" else stream
+
+        patched.setattr(opening, "_open_stored", breaking)
+        with pytest.raises(SourceError, match="Connection reset by peer"):
+            tokenize([first, second], model, tmp_path / "out", **given)
+    assert len((tmp_path / "out" / "shards.jsonl").read_text().splitlines()) > 1
+    found = tokenize([first, second], model, tmp_path / "out", **given)
+    assert found["skipped_rows"] == 1
+    tokenize([first, second], model, tmp_path / "whole", **given)
+    kept, whole = (
+        DatasetManifest.model_validate_json((tmp_path / n / "manifest.json").read_text()) for n in ("out", "whole")
+    )
+    assert (kept.files, kept.left_out) == (whole.files, whole.left_out)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
 def test_a_full_disk_keeps_the_finished_shards(tmp_path, model, small_blocks, begun):
     path, out = rows(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -195,9 +195,9 @@ def test_inputs_are_blended_by_their_weights(tmp_path: Path, kind: str) -> None:
 
 
 def test_files_without_weights_are_one_pool_and_files_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
-    files = [{"name": n, "rows": 25, "documents": 25, "weight": 1.0} for n in "ab"]
+    files = [{"name": n, "rows": 25, "documents": 25, "weight": None} for n in "ab"]
     assert len(open_dataset(dataset(tmp_path / "data", draw(50, 1), files=files)).pools) == 1
-    files[0]["weight"] = 2.0
+    files[0]["weight"] = 1.0
     assert len(open_dataset(dataset(tmp_path / "data", draw(50, 1), files=files)).pools) == 2
     with pytest.raises(SourceError, match="hold 50 documents, but there are 60"):
         _ = open_dataset(dataset(tmp_path / "data", draw(60, 1), files=files)).pools

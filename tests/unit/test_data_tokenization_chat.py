@@ -292,3 +292,24 @@ def test_real_data_becomes_the_same_ids_by_either_engine(tmp_path, model, name, 
     left_out = "manifest.json"
     assert bytes_of(tmp_path / "out", left_out) == bytes_of(tmp_path / "reference", left_out)
     assert reference.engine.name == "tokenizers"
+
+
+def test_turns_in_cells_of_a_csv_are_turns(tmp_path, model):
+    import csv
+
+    turns = [{"from": "human", "value": 'a "quoted", word'}, {"from": "gpt", "value": "yes\nindeed"}]
+    rows = [
+        {"prompt": "x", "chosen": turns[1:], "rejected": "[1, 2]"},
+        {"prompt": turns[:1], "chosen": "b", "rejected": "c"},
+    ]
+    listed = write_jsonl(tmp_path / "a.jsonl", rows)
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
+    for path in (listed, tmp_path / "a.csv"):
+        tokenize(
+            [path], model, tmp_path / path.suffix[1:], events=Events(), format="preference", chat_template="chatml"
+        )
+    for name in ("chosen_tokens.bin", "rejected_tokens.bin", "chosen_loss_mask.bin"):
+        assert (tmp_path / "csv" / name).read_bytes() == (tmp_path / "jsonl" / name).read_bytes()

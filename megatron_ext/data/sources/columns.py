@@ -6,6 +6,7 @@ row. A reader is one entry in ``READERS``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ext.data.formats import kind_in_words
 from megatron_ext.data.sources.opening import Place, named_faults, open_bytes, open_seekable
 from megatron_ext.data.sources.places import Source, as_source, require_file
+from megatron_ext.data.sources.quotes import Quotes
 from megatron_ext.data.sources.rows import (
     TEXT_COLUMN,
     OnBad,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 16 << 20
 """About how much text a batch holds; one document may be longer."""
+BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+"""Makes up the number of lines for a line with two rows."""
 COLUMNAR_ROWS = 8192
 """Rows in a parquet batch at most: the size of a column in its metadata is that of its distinct values."""
 
@@ -168,7 +172,7 @@ def _read_jsonl(place: Place, column: str, block_bytes: int, start: int, bad: On
     for number, block in numbered_blocks(place, start, block_bytes):
         values = _parsed_lines(block, column)
         lines = line_ends(block) + (not block.endswith(b"\n"))
-        if values is not None and len(values) == lines:
+        if values is not None and len(values) == lines and not BLANK_LINE.search(block):
             yield ColumnBatch(number, values)
             continue
         yield from _from_rows(json_lines(block, number, place, bad), column, len(block), place, bad)
@@ -245,8 +249,8 @@ def _without(values: Any, dropped: Any, number: int) -> ColumnBatch:
 def _read_csv(place: Place, column: str, block_bytes: int, start: int, bad: OnBad) -> Iterator[ColumnBatch]:
     """Arrow's reader up to what it refuses, and row by row from there on.
 
-    Arrow takes a quote that is left open for the end of the last field, so with an odd number of quotes the last
-    batch is read by row, too.
+    Arrow takes a quote that is left open for the end of the last field, and text behind a closing quote for a part of
+    the field, so from such a quote on the file is read by row, too.
     """
     import pyarrow
     from pyarrow import csv
@@ -259,18 +263,20 @@ def _read_csv(place: Place, column: str, block_bytes: int, start: int, bad: OnBa
     )
     parse, waiting, done = csv.ParseOptions(newlines_in_values=True), None, 0
     with open_bytes(place.source) as stream:
-        counted = _QuoteCounter(stream)
+        quotes = Quotes(stream)
         try:
             options = csv.ReadOptions(use_threads=False, block_size=block_bytes)
-            with csv.open_csv(counted, options, parse, convert) as reader:
+            with csv.open_csv(quotes, options, parse, convert) as reader:
                 for batch in reader:
+                    if quotes.astray:
+                        break
                     if waiting is not None:
                         yield _after(waiting, done, start)
                         done += len(waiting)
                     waiting = batch.column(0)
         except pyarrow.ArrowInvalid:
-            counted.odd = True
-    if counted.odd:
+            quotes.astray = True
+    if quotes.open or quotes.astray:
         yield from _read_by_row(place, column, block_bytes, max(start, done), bad)
     elif waiting is not None:
         yield _after(waiting, done, start)
@@ -280,20 +286,6 @@ def _after(values: Any, before: int, start: int) -> ColumnBatch:
     """The values of rows behind ``start``; ``before`` rows come before them."""
     skipped = min(max(start - before, 0), len(values))
     return ColumnBatch(before + skipped + 1, values.slice(skipped))
-
-
-class _QuoteCounter:
-    """A stream that knows whether an odd number of quotes was read."""
-
-    closed = False
-
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.odd = stream, False
-
-    def read(self, size: int = -1) -> bytes:
-        chunk = self.stream.read(size)
-        self.odd ^= bool(chunk.count(b'"') % 2)
-        return chunk
 
 
 def _read_parquet(place: Place, column: str, block_bytes: int, start: int, bad: OnBad) -> Iterator[ColumnBatch]:

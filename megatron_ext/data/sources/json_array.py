@@ -128,6 +128,8 @@ def _element(window: _Window, decoder: json.JSONDecoder, place: Place) -> Any:
                 raise place.error("the file ends inside this row; is it cut short?", place.row + 1) from None
             problem = f"not valid JSON ({error.msg} at character {at} of the file)"
             raise place.error(problem, place.row + 1) from None
+        except ValueError as error:  # a number of more digits than Python reads
+            raise place.error(f"not valid JSON ({error})", place.row + 1) from None
         except RecursionError:
             raise place.error("nested too deeply", place.row + 1) from None
 

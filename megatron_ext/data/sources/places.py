@@ -46,14 +46,14 @@ class Source:
     Attributes:
         path: path on this machine, or a URL that fsspec opens.
         weight: share of this source in a blend, relative to the others' (as in Megatron's ``--data-path``); all
-            files of one glob or folder carry the weight of their input.
+            files of one glob or folder carry the weight of their input. None where none was given.
         input: what the user wrote, and the file came from.
         entry: number of that input among all that were given; files of one entry share its weight.
         meter: told how much is read, where somebody wants to know.
     """
 
     path: str
-    weight: float = 1.0
+    weight: float | None = None
     input: str = ""
     entry: int | None = None
     meter: Meter | None = field(default=None, compare=False, repr=False)
@@ -175,11 +175,11 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         raise SourceError(f"{url} cannot be opened: {error}") from None
 
 
-def _weighted(given: str | Path) -> tuple[str, float]:
+def _weighted(given: str | Path) -> tuple[str, float | None]:
     text = str(given)
     match = WEIGHT.match(text)
     if not match or Path(text).exists():
-        return text, 1.0
+        return text, None
     weight = float(match[1])
     if not (weight > 0 and math.isfinite(weight)):
         raise SourceError(f"the weight of {text} is {match[1]}; a weight is a number greater than 0")
