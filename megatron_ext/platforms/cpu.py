@@ -138,11 +138,15 @@ def redirect() -> None:
 
 
 def _switch_compilation_off() -> None:
-    """megatron-core compiles small functions; dynamo's rules must be built before torch is patched, and not used."""
+    """megatron-core compiles small functions; dynamo's rules must be built before torch is patched, and not used. So
+    must the list of what makes tensors, or those made on another device for a time are made on the CPU.
+    """
     import torch
     from torch._dynamo import trace_rules
+    from torch.utils import _device
 
     trace_rules.get_torch_obj_rule_map()
+    _device._device_constructors()
     torch.compile = lambda model=None, *_, **__: model if model is not None else (lambda function: function)
 
 

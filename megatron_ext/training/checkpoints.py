@@ -62,6 +62,12 @@ class TrainingState:
             "world_size": dist.get_world_size(),
         }
 
+    def buckets(self) -> dict[str, Any]:
+        """What decides which gradients share a buffer, as the settings name it."""
+        asked = self.models[0].ddp_config
+        overlap = asked.overlap_grad_reduce
+        return {"overlap_grad_reduce": overlap, "ddp_bucket_size": asked.bucket_size if overlap else None}
+
 
 def load_weights(model: Any, checkpoint: Path) -> None:
     """Fill ``model`` (a bare GPTModel, any layout, any dtype) from a checkpoint folder. Raises as ``load_chunks``."""
@@ -102,6 +108,7 @@ def full_state(state: TrainingState) -> dict[str, Any]:
         "step": state.step,
         "validated": state.validated,
         "layout": state.layout(),
+        "buckets": state.buckets(),
     }
 
 
@@ -133,7 +140,7 @@ def _load(folder: Path, state: TrainingState) -> None:
             f"{folder} holds weights alone; model.finetune false needs a resumable checkpoint: full_state/ of a "
             "training with runtime.keep_final_state, or one that runtime.keep_every kept"
         )
-    _check_resumable(folder, common, state.layout())
+    _check_resumable(folder, common, state)
     same_layout = common["layout"] == state.layout()
     weights = _weights(state.chunks)
     wanted = {
@@ -174,15 +181,18 @@ def final_weights(state: TrainingState, base: Path) -> dict[str, Any]:
     return weights
 
 
-def _check_resumable(folder: Path, common: dict[str, Any], layout: dict[str, Any]) -> None:
+def _check_resumable(folder: Path, common: dict[str, Any], state: TrainingState) -> None:
+    before, now = common["layout"], state.layout()
     fixed = ["use_distributed_optimizer", "expert_model_parallel_size"]  # experts have an optimizer of their own
-    if common["optimizer_format"] == "dp_reshardable":
-        fixed += ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+    if common["optimizer_format"] == "dp_reshardable":  # which keeps the buffers as they are
+        fixed += ["tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"]
+        before, now = before | common["buckets"], now | state.buckets()
+        fixed += common["buckets"]
     for name in fixed:
-        if common["layout"][name] != layout[name]:
+        if before[name] != now[name]:
             raise ParallelismError(
-                f"{folder} was written with runtime.{name} {common['layout'][name]} and cannot be resumed with "
-                f"{layout[name]}; set it back, or train in another folder"
+                f"{folder} was written with runtime.{name} {before[name]} and cannot be resumed with {now[name]}; set "
+                "it back, or train in another folder"
             )
 
 

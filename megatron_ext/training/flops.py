@@ -30,9 +30,11 @@ def matrix_weights(architecture: Architecture) -> int:
 def training_flops(architecture: Architecture, lengths: np.ndarray) -> float:
     """FLOP of forward and backward of segments of ``lengths`` tokens, (N,) int."""
     a, sizes = architecture, lengths.astype(np.float64)
-    window = getattr(a, "window_size", None)
-    pairs = sizes * sizes / 2
-    if window:
-        pairs = np.where(sizes > window, window * sizes - window * window / 2, pairs)
-    attention = 4.0 * a.num_layers * a.num_attention_heads * a.kv_channels * float(pairs.sum())
+    whole = seen = sizes * sizes / 2
+    windowed = 0
+    if window := getattr(a, "window_size", None):
+        windowed = a.num_layers if a.window_attn_skip_freq is None else sum(a.window_attn_skip_freq)
+        seen = np.where(sizes > window, window * sizes - window * window / 2, whole)
+    pairs = windowed * float(seen.sum()) + (a.num_layers - windowed) * float(whole.sum())
+    attention = 4.0 * a.num_attention_heads * a.kv_channels * pairs
     return 3.0 * (2.0 * matrix_weights(a) * float(sizes.sum()) + attention)

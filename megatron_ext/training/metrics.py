@@ -91,6 +91,14 @@ class Diary:
         plan = self.setup.plan
         return np.concatenate([plan.lengths[plan.samples(s)] - 1 for s in plan.sequences(step).tolist()])
 
+    def segment_lengths(self, step: int) -> np.ndarray:
+        """(N,) computed tokens of what attends to itself: of each sample, or of each answer of a pair."""
+        dataset, plan = self.setup.dataset, self.setup.plan
+        if dataset.kind != "preference":
+            return self.step_lengths(step)
+        pairs = plan.sample_ids(step)
+        return np.concatenate([np.minimum(side.lengths[pairs], plan.answer_limit) - 1 for side in dataset.tokens])
+
     def step_tokens(self, step: int) -> int:
         """Tokens that step ``step`` (from 0) computes."""
         return int(self.step_lengths(step).sum())
@@ -111,7 +119,7 @@ class Diary:
         tokens = int(lengths.sum())
         self.consumed += tokens
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
-        self._flops += training_flops(self.setup.manifest.architecture, lengths)
+        self._flops += training_flops(self.setup.manifest.architecture, self.segment_lengths(step - 1))
         self._all_tokens, self._all_seconds = self._all_tokens + tokens, self._all_seconds + seconds
         if not self._first:
             return

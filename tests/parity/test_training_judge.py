@@ -23,8 +23,8 @@ TRAIN = {
 
 @pytest.mark.parametrize(
     ("model_type", "train"),
-    [("llama", {}), ("mixtral", {"packing": False, "moe_aux_loss_coeff": 0.0})],
-    ids=["llama packed", "mixtral one sample a row"],
+    [("llama", {}), ("qwen2", {}), ("mixtral", {"packing": False, "moe_aux_loss_coeff": 0.0})],
+    ids=["llama packed", "qwen2 packed, its embedding also its output", "mixtral one sample a row"],
 )
 def test_fifty_steps_have_the_losses_of_a_transformers_loop(tmp_path: Path, model_type: str, train: dict) -> None:
     ours, expected = both(tmp_path, model_type, TRAIN | train)
@@ -48,7 +48,8 @@ def test_losses_of_the_router_train_it_as_their_formulas_do(tmp_path: Path, micr
 
 def both(folder: Path, model_type: str, train: dict, micro_batch_size: int = 1) -> tuple[Path, list[tuple]]:
     """The folder of our training, and the columns of the plain loop's."""
-    checkpoint = write_checkpoint(folder / "base", model_type, num_hidden_layers=2)
+    shape = {"num_hidden_layers": 2} | ({"tie_word_embeddings": True} if model_type == "qwen2" else {})
+    checkpoint = write_checkpoint(folder / "base", model_type, **shape)
     data = write_dataset(folder / "data", checkpoint, np.random.default_rng(3).integers(8, 60, 80).tolist())
     runtime = {"micro_batch_size": micro_batch_size}
     run(write_job(folder / "ours", checkpoint, data, train, runtime))

@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from training import column, records, write_checkpoint, write_dataset, write_job, write_preferences
 
-from megatron_ext.errors import CheckpointError, ConfigError, JobInterrupted, TrainingDivergedError
+from megatron_ext.errors import CheckpointError, ConfigError, JobInterrupted, ParallelismError, TrainingDivergedError
 from megatron_ext.events import Events
 from megatron_ext.folders import digest_file
 from megatron_ext.guard import STOP
 from megatron_ext.training.job import run
-from megatron_ext.training.watch import HEART
+from megatron_ext.training.watch import HEART, Spikes
 from megatron_ext.weights.manifest import LATEST, at_iteration, latest_folder, read_latest, read_manifest
 from megatron_ext.worker import Job
 
@@ -62,6 +65,19 @@ def digests(out: Path) -> dict[str, str]:
     return {path.name: digest_file(path) for path in latest_folder(out).iterdir() if path.name != ".metadata"}
 
 
+def weights_of(out: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint, by name."""
+    folder = latest_folder(out)
+    facts = FileSystemReader(folder).read_metadata().state_dict_metadata
+    found = {
+        name: torch.empty(of.size, dtype=of.properties.dtype)
+        for name, of in facts.items()
+        if isinstance(of, TensorStorageMetadata)
+    }
+    torch.distributed.checkpoint.load(found, checkpoint_id=folder, no_dist=True)
+    return found
+
+
 def at_beat(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], None]) -> list[int]:
     """Have ``action`` done at each beat of the heart, with its number; the list of numbers."""
     beats: list[int] = []
@@ -76,20 +92,47 @@ def at_beat(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], None]) -> l
     return beats
 
 
-def test_a_finished_training_is_extended_from_its_full_state_as_if_it_had_been_longer(base: Path) -> None:
-    whole = train(base, "eight", STEADY | {"train_iters": 8})
-    half = train(base, "four", STEADY | {"train_iters": 4}, {"keep_final_state": True})
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_a_finished_training_is_extended_from_its_full_state_as_if_it_had_been_longer(
+    base: Path, precision: str, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_ext.training import checkpoints
+
+    if large:  # as for a model of so many parameters, whose optimizer is written in another form
+        monkeypatch.setattr(checkpoints, "LARGE", 0)
+    steady, base = STEADY | {"precision": precision, "loss_scale_window": 3}, base / f"{precision}-{large}"
+    base.mkdir()
+    for name in ("checkpoint", "data"):
+        (base / name).symlink_to(base.parent / name)
+    whole = train(base, "eight", steady | {"train_iters": 8})
+    half = train(base, "four", steady | {"train_iters": 4}, {"keep_final_state": True})
     full = half / "full_state"
-    more = train(base, "more", STEADY | {"train_iters": 8}, checkpoint=full, state=full)
+    more = train(base, "more", steady | {"train_iters": 8}, checkpoint=full, state=full)
     assert column(half, "loss") + column(more, "loss") == column(whole, "loss")
     assert column(more, "step") == [5, 6, 7, 8]
     assert column(more, "consumed_tokens") == column(whole, "consumed_tokens")[4:]
     assert column(more, "samples") == column(whole, "samples")[4:]
-    assert digests(more) == digests(whole)
+    ends, others = weights_of(more), weights_of(whole)  # a full state keeps weights in the type that was trained
+    assert ends.keys() == others.keys()
+    assert all(torch.equal(ends[name].float(), others[name].float()) for name in ends)
+    if precision == "fp32":
+        assert digests(more) == digests(whole)
     with pytest.raises(ConfigError, match="trained for 4 steps already"):
-        train(base, "as-long", STEADY | {"train_iters": 4}, checkpoint=full, state=full)
+        train(base, "as-long", steady | {"train_iters": 4}, checkpoint=full, state=full)
     with pytest.raises(CheckpointError, match="weights alone"):
-        train(base, "weights", STEADY | {"train_iters": 8}, checkpoint=half, state=half)
+        train(base, "weights", steady | {"train_iters": 8}, checkpoint=half, state=half)
+    if large:
+        with pytest.raises(
+            ParallelismError, match=r"overlap_grad_reduce False and cannot be resumed with True; set it"
+        ):
+            train(base, "bk", steady | {"train_iters": 8}, {"overlap_grad_reduce": True}, checkpoint=full, state=full)
+    if precision != "fp32":
+        assert column(whole, "loss") != column(train(base, "fp32", STEADY | {"train_iters": 8}), "loss")
+    kept = FileSystemReader(latest_folder(full)).read_metadata().state_dict_metadata
+    weights = {name: facts.properties.dtype for name, facts in kept.items() if "optimizer" in name and "param" in name}
+    assert weights
+    assert set(map(str, weights.values())) == {"torch.float32"}, "what the optimizer adds to"
 
 
 def test_finetuning_a_finished_training_starts_at_step_1_with_a_fresh_optimizer(base: Path) -> None:
@@ -195,6 +238,18 @@ def test_samples_are_counted_by_the_input_that_they_come_from(base: Path) -> Non
     assert summary["samples_drawn"] == counts
 
 
+def test_an_unusual_loss_and_gradient_are_told_with_the_step_s_samples(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Spikes, "look", lambda self, step, value: f"{self._name} is odd" if step == 2 else None)
+    notes: list[str] = []
+    monkeypatch.setattr(Events, "note", lambda self, text: notes.append(text))
+    samples = column(train(base, "odd", {"train_iters": 3}), "sample_ids")[1]
+    told = [note for note in notes if "is odd" in note]
+    assert [note.split(";")[0] for note in told] == ["loss is odd", "grad_norm is odd"]
+    assert all(str(samples[0]) in note for note in told)
+
+
 def test_the_share_of_the_peak_is_recorded_where_it_is_known_and_tensorboard_holds_the_curve(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +262,10 @@ def test_the_share_of_the_peak_is_recorded_where_it_is_known_and_tensorboard_hol
     out = train(base, "peak", {"train_iters": 3})
     for record in records(out):
         assert record["flops"] > 0
+        assert record["tokens_per_second"] == record["tokens_per_second_per_device"], "one process"
+        assert record["memory"] > 1e8
+        assert 0 <= record["padding"] < 1
+        assert record["tokens_per_second"] * record["step_time"] == pytest.approx(record["tokens"], rel=0.05)
         assert record["mfu"] == pytest.approx(record["flops"] / 1e7, rel=2e-3)
     board: Any = EventAccumulator(str(out / "tensorboard"))
     board.Reload()
