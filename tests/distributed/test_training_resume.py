@@ -9,12 +9,14 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from training import TRAIN as DEFAULTS
 from training import column, events, run, start, write_checkpoint, write_dataset, write_job
 
 from megatron_ext.folders import digest_file
@@ -204,3 +206,19 @@ def test_another_configuration_is_refused_in_the_same_folder(base: Path) -> None
     (error,) = [e for e in run(changed, expect=2) if e["event"] == "error"]
     assert error["type"] == "OutputExistsError"
     assert str(base / "whole") in error["message"]
+
+
+def test_the_command_trains_under_any_torchrun(base: Path, tmp_path: Path) -> None:
+    runtime = {"platform": "cpu", "micro_batch_size": 1, "num_threads": 1, "log_interval": 1, "nproc_per_node": 2}
+    config = {
+        "model": {"checkpoint": str(base / "base" / "checkpoint")}, "data": {"dataset": str(base / "data")},
+        "train": DEFAULTS | {"train_iters": 3}, "runtime": runtime, "out": str(tmp_path / "out"),
+    }  # fmt: skip
+    (tmp_path / "job.yaml").write_text(json.dumps(config))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "megatron_ext.cli", "train", str(tmp_path / "job.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    given = base / "base" / "checkpoint", base / "data"
+    run(write_job(base / "by-worker", *given, {"train_iters": 3}, {"micro_batch_size": 1, "nproc_per_node": 2}))
+    assert column(tmp_path / "out", "loss") == column(base / "by-worker", "loss")

@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
+from chat_data import chat, write_chat_tokenizer
+from tiny import write_jsonl
 
+from megatron_ext.data import idxmap
 from megatron_ext.data.idxmap import Idxmap, IdxmapWriter
+from megatron_ext.data.tokenization import tokenize
+from megatron_ext.events import Events
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
@@ -27,3 +32,25 @@ def test_files_equal_megatron_cores_byte_for_byte(tmp_path, dtype):
     assert [read[i].tolist() for i in range(len(read))] == [d.tolist() for d in documents]
     ours = Idxmap(tmp_path / "theirs")
     assert [ours[i].tolist() for i in range(len(ours))] == [d.tolist() for d in documents]
+
+
+def test_megatron_core_reads_what_tokenize_writes_as_it_is(tmp_path, monkeypatch):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    monkeypatch.setattr(idxmap, "INDEX_PART", 7)  # an index of several parts
+    model = write_chat_tokenizer(tmp_path / "model")
+    chats = [{"messages": chat("hello " * (n % 5 + 1), f"you are number {n}")} for n in range(40)]
+    pairs = [{"prompt": f"{n}?", "chosen": "yes " * (n % 3 + 1), "rejected": "no"} for n in range(40)]
+    given = {"chats": ("messages", ["tokens", "loss_mask"], chats)}
+    sides = [f"{side}_{name}" for side in ("chosen", "rejected") for name in ("tokens", "loss_mask")]
+    given["pairs"] = ("preference", sides, pairs)
+    for name, (format, parts, rows) in given.items():
+        out = tmp_path / name
+        options = {"format": format, "chat_template": "chatml"}
+        tokenize([write_jsonl(tmp_path / f"{name}.jsonl", rows)], model, out, events=Events(), **options)
+        for part in parts:
+            theirs, ours = IndexedDataset(str(out / part)), Idxmap(out / part)
+            assert len(theirs) == len(ours) == 40
+            assert [theirs[n].tolist() for n in range(40)] == [ours[n].tolist() for n in range(40)]
+            assert theirs.document_indices.tolist() == list(range(41))
+            assert theirs[0].dtype == (np.uint8 if "mask" in part else np.uint16)
