@@ -27,7 +27,7 @@ TRAINING, VALIDATION = "data/", "validation/"
 """Before the number of each data file among the parts."""
 
 
-@stage("pin-sources", version=1, makes=Sources)
+@stage("pin-sources", version=2, makes=Sources)
 def pin_sources(model: ModelConfig, data: DataConfig | None = None, evaluate: EvalConfig | None = None) -> Build:
     """Check and digest what the recipe starts from, and link it: a moved copy of the same bytes is the same source.
 

@@ -10,7 +10,7 @@ from tasks.build import Build, Input
 from tasks.stage import stage
 from tasks.templates import template_argument, template_identity
 
-IDENTITY, VERSION = "tokenize-dataset", 3
+IDENTITY, VERSION = "tokenize-dataset", 4
 Blend = tuple[tuple[float | None, str], ...]
 
 

@@ -27,7 +27,7 @@ from megatron_ext.errors import ConfigError, DatasetFormatError, EmptyFileError,
 from megatron_ext.folders import require_space
 from megatron_ext.hf_folder import tokenizer_digest
 
-OUTPUT_VERSION = 3
+OUTPUT_VERSION = 4
 """Of what is written for the same input; leftovers of another version are not gone on with."""
 SMALL_BYTES = 4 << 20
 """Up to this much data one process and the reference do the work: anything faster would not have started by then."""

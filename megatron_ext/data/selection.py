@@ -23,7 +23,7 @@ from megatron_ext.data.packing import Packing, aligned, pack, separate
 from megatron_ext.data.samples import TextStream, has_trained_label, text_stream
 from megatron_ext.errors import DatasetFormatError
 
-VERSION = 1
+VERSION = 2
 """Of what is cached; another one makes it anew."""
 Part = Literal["train", "validation"]
 Arrays = dict[str, np.ndarray]
