@@ -337,6 +337,12 @@ class RuntimeConfig(Section):
         default=False,
         description="Keep the optimizer's state of the last step, too, in full_state/; model.finetune false goes on.",
     )
+    optimizer_state: Literal["auto", "any_layout", "as_sharded"] = Field(
+        default="auto",
+        description="How resumable checkpoints hold the optimizer's state. any_layout goes on under other tp, pp and "
+        "dp, and is gathered on one data-parallel rank to be saved, 12 bytes for each parameter that the rank holds; "
+        "as_sharded goes on under another dp alone; auto: any_layout up to a billion parameters.",
+    )
     hang_timeout: int = Field(
         default=1800,
         ge=10,

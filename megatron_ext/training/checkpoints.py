@@ -28,8 +28,9 @@ BESIDE_WEIGHTS = ("optimizer.", "chained_", "random")
 ASKED = ("max_lr", "min_lr", "betas", "eps")
 """Settings of the optimizer that are this training's, whatever the checkpoint's was asked for."""
 LARGE = 1_000_000_000
-"""Parameters of a model whose optimizer state is saved as it is sharded, without gathering it: it then resumes under
-another number of data-parallel ranks, but not under other tensor- and pipeline-parallel sizes."""
+"""Parameters of a model from which on ``runtime.optimizer_state: auto`` saves the state as it is sharded."""
+FORMATS = {"any_layout": "fully_reshardable", "as_sharded": "dp_reshardable"}
+"""``runtime.optimizer_state`` -> megatron-core's name."""
 
 
 @dataclass
@@ -40,7 +41,7 @@ class TrainingState:
     models: list[Any]  # what megatron-core's DDP makes of them
     optimizer: Any
     scheduler: Any
-    parameters: int  # of the whole model
+    optimizer_format: str  # in which its state is saved, as megatron-core names it
     step: int = 0
     validated: int = 0  # the step after which the validation loss was last computed
 
@@ -67,6 +68,13 @@ class TrainingState:
         asked = self.models[0].ddp_config
         overlap = asked.overlap_grad_reduce
         return {"overlap_grad_reduce": overlap, "ddp_bucket_size": asked.bucket_size if overlap else None}
+
+
+def optimizer_format(asked: str, parameters: int) -> str:
+    """The name of megatron-core for ``runtime.optimizer_state``, of a model with so many parameters."""
+    if asked == "auto":
+        asked = "as_sharded" if parameters >= LARGE else "any_layout"
+    return FORMATS[asked]
 
 
 def load_weights(model: Any, checkpoint: Path) -> None:
@@ -98,11 +106,10 @@ def full_state(state: TrainingState) -> dict[str, Any]:
     """What a resumable checkpoint holds. Every rank calls it."""
     state.gather()
     weights = _everything(state.chunks)
-    optimizer_format = "dp_reshardable" if state.parameters >= LARGE else "fully_reshardable"
     return {
         "model": weights,
-        "optimizer": state.optimizer.sharded_state_dict(weights, metadata=_sharding(optimizer_format)),
-        "optimizer_format": optimizer_format,
+        "optimizer": state.optimizer.sharded_state_dict(weights, metadata=_sharding(state.optimizer_format)),
+        "optimizer_format": state.optimizer_format,
         "random": _random_states(),
         "scheduler": state.scheduler.state_dict(),
         "step": state.step,
@@ -192,7 +199,7 @@ def _check_resumable(folder: Path, common: dict[str, Any], state: TrainingState)
         if before[name] != now[name]:
             raise ParallelismError(
                 f"{folder} was written with runtime.{name} {before[name]} and cannot be resumed with {now[name]}; set "
-                "it back, or train in another folder"
+                "it back, or train in another folder (runtime.optimizer_state says what a state can be resumed under)"
             )
 
 

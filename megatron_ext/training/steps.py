@@ -10,7 +10,7 @@ from megatron_ext.errors import TrainingDivergedError
 from megatron_ext.guard import STOP
 from megatron_ext.model.routing import routing_metrics
 from megatron_ext.platforms.base import Platform
-from megatron_ext.training.checkpoints import TrainingState
+from megatron_ext.training.checkpoints import TrainingState, optimizer_format
 from megatron_ext.training.layout import parameters
 from megatron_ext.training.losses import LanguageLoss, PreferenceLoss
 from megatron_ext.training.metrics import StepResult
@@ -58,9 +58,9 @@ class Trainer(Passes):
         for model in self.models:
             model.train()
         optimizer = adamw(self.models, train, setup.runtime)
-        size = parameters(setup.manifest.architecture)
         schedule = scheduler(optimizer, train, setup.plan.iterations)
-        self.state = TrainingState(self.chunks, self.models, optimizer, schedule, size)
+        saved = optimizer_format(setup.runtime.optimizer_state, parameters(setup.manifest.architecture))
+        self.state = TrainingState(self.chunks, self.models, optimizer, schedule, saved)
         self.data = self.batches_of(setup.plan, setup.dataset.place)
 
     def compute(self) -> Computed:

@@ -116,11 +116,22 @@ def test_ranks_that_share_the_context_of_padded_samples_equal_one_process(base: 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("name", "runtime"), [("from-tp2", TP2), pytest.param("from-dp2", DP2, marks=pytest.mark.slow)]
+    ("name", "before", "after"),
+    [
+        ("from-tp2", TP2, {}),
+        ("from-dp2-as-sharded", {**DP2, "optimizer_state": "as_sharded"}, {}),
+        ("to-pp2", {}, PP2),
+        pytest.param("from-dp2", DP2, {}, marks=pytest.mark.slow),
+        pytest.param("from-pp2", PP2, {}, marks=pytest.mark.slow),
+        pytest.param("from-vpp2", VPP2, {}, marks=pytest.mark.slow),
+        pytest.param("to-tp2", {}, TP2, marks=pytest.mark.slow),
+        pytest.param("to-dp2-as-sharded", {"optimizer_state": "as_sharded"}, DP2, marks=pytest.mark.slow),
+        pytest.param("whole", *[{**DP2, "use_distributed_optimizer": False}] * 2, marks=pytest.mark.slow),
+    ],
 )
-def test_a_training_goes_on_as_one_process(base: Path, name: str, runtime: dict) -> None:
-    trained(base, name, runtime | KEEP)
-    assert_same(base / "one", resumed(base, name, {}))
+def test_a_training_goes_on_under_another_layout(base: Path, name: str, before: dict, after: dict) -> None:
+    trained(base, name, before | KEEP)
+    assert_same(base / "one", resumed(base, name, after))
 
 
 def resumed(base: Path, name: str, runtime: dict) -> Path:
