@@ -10,9 +10,11 @@ import subprocess
 import time
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psutil
 import pytest
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect_site import TINY, Site, wait_for
 
 from flows.server import answers
@@ -108,6 +110,19 @@ def test_the_bare_name_starts_the_deployment_and_reuses_what_is_there(run: Run) 
     assert run.state == "Running"
     kinds = ("checkpoints", "datasets", "evaluations")
     assert not [path for kind in kinds for path in run.site.store.glob(f"{kind}/.partial-*")]
+
+
+def test_progress_and_loss_curve_are_shown_while_it_trains(run: Run) -> None:
+    of_run = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(run.id)]))
+
+    def shown() -> dict[str, Any]:
+        with run.site.client() as client:
+            return {artifact.key: artifact.data for artifact in client.read_artifacts(flow_run_filter=of_run)}
+
+    found = wait_for(lambda: (s := shown()).keys() >= {"train-model-progress", "loss-curve"} and s, "both are shown")
+    assert run.state == "Running"
+    assert 0 < float(found["train-model-progress"]) < 100
+    assert str(found["loss-curve"]).startswith("data:image/svg+xml")
 
 
 def test_cancelling_saves_and_leaves_no_process(run: Run) -> None:
