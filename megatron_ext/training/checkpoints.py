@@ -193,8 +193,9 @@ def _check_resumable(folder: Path, common: dict[str, Any], state: TrainingState)
     fixed = ["use_distributed_optimizer", "expert_model_parallel_size"]  # experts have an optimizer of their own
     if common["optimizer_format"] == "dp_reshardable":  # which keeps the buffers as they are
         fixed += ["tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"]
-        before, now = before | common["buckets"], now | state.buckets()
-        fixed += common["buckets"]
+        buckets = common.get("buckets", {})  # of states that were written since it is kept
+        before, now = before | buckets, now | state.buckets()
+        fixed += buckets
     for name in fixed:
         if before[name] != now[name]:
             raise ParallelismError(

@@ -87,15 +87,12 @@ class Diary:
         self.events.emit("progress", done=step, total=self.setup.plan.iterations, unit="steps")
 
     def step_lengths(self, step: int) -> np.ndarray:
-        """(N,) computed tokens of each sample of step ``step`` (from 0): a sample's last token is only a label."""
-        plan = self.setup.plan
-        return np.concatenate([plan.lengths[plan.samples(s)] - 1 for s in plan.sequences(step).tolist()])
-
-    def segment_lengths(self, step: int) -> np.ndarray:
-        """(N,) computed tokens of what attends to itself: of each sample, or of each answer of a pair."""
+        """(N,) computed tokens of each sample of step ``step`` (from 0), or of each answer of a pair; the last token is
+        only a label.
+        """
         dataset, plan = self.setup.dataset, self.setup.plan
         if dataset.kind != "preference":
-            return self.step_lengths(step)
+            return np.concatenate([plan.lengths[plan.samples(s)] - 1 for s in plan.sequences(step).tolist()])
         pairs = plan.sample_ids(step)
         return np.concatenate([np.minimum(side.lengths[pairs], plan.answer_limit) - 1 for side in dataset.tokens])
 
@@ -119,7 +116,7 @@ class Diary:
         tokens = int(lengths.sum())
         self.consumed += tokens
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
-        self._flops += training_flops(self.setup.manifest.architecture, self.segment_lengths(step - 1))
+        self._flops += training_flops(self.setup.manifest.architecture, lengths)
         self._all_tokens, self._all_seconds = self._all_tokens + tokens, self._all_seconds + seconds
         if not self._first:
             return

@@ -227,6 +227,21 @@ def test_a_stop_during_the_reference_pass_ends_soon_and_leaves_no_half_of_it(
     assert column(train(base, "asked", {"train_iters": 2}, data="pairs"), "step") == [1, 2]
 
 
+def test_the_answers_of_a_pair_count_each_for_itself(base: Path) -> None:
+    from megatron_ext.data.datasets import open_dataset
+    from megatron_ext.training.flops import training_flops
+
+    (record,) = records(train(base, "counted-pairs", {"train_iters": 1, "lr_warmup_iters": 0}, data="pairs"))
+    sides = open_dataset(base / "pairs").tokens
+    lengths = np.concatenate([side.lengths[record["sample_ids"]] - 1 for side in sides])
+    assert record["tokens"] == lengths.sum()
+    model = read_manifest(base / "checkpoint").architecture
+    found, expected = record["flops"] * record["tokens"] / record["tokens_per_second"], training_flops(model, lengths)
+    assert found == pytest.approx(expected, rel=2e-3)
+    together = sum(np.split(lengths, 2))  # as if the answers saw each other
+    assert found != pytest.approx(training_flops(model, together), rel=1e-2)
+
+
 def test_samples_are_counted_by_the_input_that_they_come_from(base: Path) -> None:
     out, counts = train(base, "counted", {"train_iters": 5}), {"a.jsonl": 0, "b.jsonl": 0}
     for record in records(out):
